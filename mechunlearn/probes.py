@@ -1,0 +1,150 @@
+"""Linear probes: what can be read off the residual stream, on entities the probe has never seen.
+
+Features are standardised on the training rows, so that the solver converges and one regularization fits all layers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from sklearn.linear_model import LogisticRegression
+
+from mechunlearn.facts import Fact
+from mechunlearn.localize.runs import quiet, record_blocks
+from mechunlearn.metrics import render, token_roles
+from mechunlearn.models import Model
+
+Site = Literal["subject_last", "subject_mean", "last"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A multinomial logistic regression on standardised features."""
+
+    classes: tuple[str, ...]
+    mean: Float[np.ndarray, " d_feature"]
+    scale: Float[np.ndarray, " d_feature"]
+    weight: Float[np.ndarray, "answer d_feature"]
+    bias: Float[np.ndarray, " answer"]
+
+    def probabilities(self, features: Float[np.ndarray, "row d_feature"]) -> Float[np.ndarray, "row answer"]:
+        """Probability of every class, columns in the order of `classes`."""
+        logits = ((features - self.mean) / self.scale) @ self.weight.T + self.bias
+        logits = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return logits / logits.sum(axis=1, keepdims=True)
+
+    def predict(self, features: Float[np.ndarray, "row d_feature"]) -> tuple[str, ...]:
+        """The most probable class of every row."""
+        return tuple(self.classes[i] for i in self.probabilities(features).argmax(axis=1))
+
+
+def fit_probe(
+    features: Float[np.ndarray, "row d_feature"],
+    labels: Sequence[str],
+    *,
+    regularization: float = 10.0,
+    standardize: bool = True,
+    max_steps: int = 1000,
+    seed: int = 0,
+) -> Probe:
+    """Fit a multinomial logistic regression; deterministic, so the seed only fixes sklearn's own.
+
+    Minimises sum_i -log p(label_i) + regularization / 2 * ||weight||^2 (the bias is free).
+
+    Args:
+        regularization: in nats per squared weight on standardised features; sklearn's 1 / C.
+        standardize: False leaves the features as they are (counts of tokens).
+
+    Raises:
+        ValueError: fewer than two classes, or features and labels that do not match.
+    """
+    if len(features) != len(labels) or not regularization > 0:
+        raise ValueError(f"probe: got {len(features)} feature rows, {len(labels)} labels, regularization {regularization}")
+    if len(set(labels)) < 2:
+        raise ValueError(f"probe: got {len(set(labels))} class, allowed: at least 2; give facts with different answers")
+    features = np.asarray(features, dtype=np.float64)
+    mean, scale = np.zeros(features.shape[1]), np.ones(features.shape[1])
+    if standardize:
+        mean, scale = features.mean(axis=0), features.std(axis=0)
+        # a constant feature carries nothing; dividing by its rounding error would make it carry noise
+        scale[scale <= 1e-6 * np.abs(mean) + 1e-12] = 1.0
+    solver = LogisticRegression(C=1 / regularization, max_iter=max_steps, random_state=seed)
+    solver.fit((features - mean) / scale, np.asarray(labels))
+    weight, bias = solver.coef_, np.asarray(solver.intercept_)
+    if len(weight) == 1:  # sklearn keeps one row for two classes: logit(1) - logit(0)
+        weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
+    return Probe(classes=tuple(str(c) for c in solver.classes_), mean=mean, scale=scale, weight=weight, bias=bias)
+
+
+def entity_folds(labels: Sequence[str], groups: Sequence[str], *, folds: int = 5, seed: int = 0) -> Int[np.ndarray, " row"]:
+    """Deal whole groups (entities) to folds, answer by answer, so that no group is in two and classes are balanced.
+
+    Raises:
+        ValueError: fewer than two folds, fewer groups than folds, or a class that fewer than two groups have.
+    """
+    label_of = dict(zip(reversed(groups), reversed(labels), strict=True))
+    if folds < 2 or len(label_of) < folds:
+        raise ValueError(f"probe: got {len(label_of)} subjects for {folds} folds, allowed: 2 <= folds <= subjects")
+    members: dict[str, list[str]] = {}
+    for group in sorted(label_of):
+        members.setdefault(label_of[group], []).append(group)
+    if rare := [label for label, names in members.items() if len(names) < 2]:
+        raise ValueError(
+            f"probe: answer {rare[0]!r} ({len(rare)} answers in all) has a single subject, allowed: at least 2 per answer, "
+            "so that one can be held out; give more facts or leave these out"
+        )
+    rng = np.random.default_rng(seed)
+    order = [names[i] for _, names in sorted(members.items()) for i in rng.permutation(len(names))]
+    fold_of = {group: i % folds for i, group in enumerate(order)}
+    return np.array([fold_of[group] for group in groups])
+
+
+def held_out_probabilities(
+    features: Float[np.ndarray, "row d_feature"],
+    labels: Sequence[str],
+    groups: Sequence[str],
+    *,
+    folds: int = 5,
+    regularization: float = 10.0,
+    standardize: bool = True,
+    seed: int = 0,
+) -> Float[np.ndarray, "row answer"]:
+    """Probability of every class for every row, from a probe that saw no row of the same group.
+
+    Columns follow sorted(set(labels)); a class missing from a training part gets probability 0 there.
+
+    Raises:
+        ValueError: too few groups per class for the folds, see `entity_folds`.
+    """
+    fold = entity_folds(labels, groups, folds=folds, seed=seed)
+    classes = sorted(set(labels))
+    result = np.zeros((len(labels), len(classes)))
+    for held_out in range(folds):
+        train, test = np.flatnonzero(fold != held_out), np.flatnonzero(fold == held_out)
+        probe = fit_probe(
+            features[train],
+            [labels[i] for i in train],
+            regularization=regularization,
+            standardize=standardize,
+            seed=seed,
+        )
+        result[np.ix_(test, [classes.index(c) for c in probe.classes])] = probe.probabilities(features[test])
+    return result
+
+
+def is_correct(probabilities: Float[np.ndarray, "row answer"], labels: Sequence[str]) -> Float[np.ndarray, " row"]:
+    """1.0 where the most probable of the sorted classes is the label, else 0.0."""
+    classes = sorted(set(labels))
+    return np.array([classes[i] == label for i, label in zip(probabilities.argmax(axis=1), labels, strict=True)], dtype=float)
+
+
+def shuffled_labels(labels: Sequence[str], groups: Sequence[str], *, seed: int = 0) -> tuple[str, ...]:
+    """Control labels: the labels of the groups, permuted over the groups; all rows of a group share one."""
+    label_of = dict(zip(reversed(groups), reversed(labels), strict=True))
+    names = sorted(label_of)
+    order = np.random.default_rng(seed).permutation(len(names))
+    control = {name: label_of[names[i]] for name, i in zip(names, order, strict=True)}
+    return tuple(control[group] for group in groups)
