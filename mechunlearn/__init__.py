@@ -1,0 +1,98 @@
+"""Find where a language model looks facts up, edit only there, attack the result, and decide: removed or hidden?
+
+            facts --+
+                    +--> localize --> ComponentScores --> masks --> ParameterMask --> edit --> WeightEdit
+    model  ---------+        |                                                          |   with applied(model, edit):
+       |                     +--------------- figures / notebooks <------------+        v
+       +-- never-knew twin ----------> verdict <-- attack, evaluate (never see hidden facts before scoring)
+
+Five verbs (localize, edit, evaluate, attack, report) are packages, because methods multiply there; everything passed
+between them is a frozen noun in one file. Importing this package loads neither torch nor TransformerLens.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mechunlearn import attack, edit, evaluate, localize, report
+    from mechunlearn.components import Component, ComponentScores
+    from mechunlearn.edit.edits import WeightEdit, applied, export_edit, load_edit, save_edit
+    from mechunlearn.facts import Fact, FactSet, FactSplit, split_facts, with_edit_targets
+    from mechunlearn.masks import ParameterMask, mask_of, random_mask_like, select_components
+    from mechunlearn.models import Model, load_model, save_model, wrap_model
+    from mechunlearn.sources.loading import load_facts
+    from mechunlearn.verdict import Verdict, decide
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Component": "components",
+    "ComponentScores": "components",
+    "Fact": "facts",
+    "FactSet": "facts",
+    "FactSplit": "facts",
+    "Model": "models",
+    "ParameterMask": "masks",
+    "Verdict": "verdict",
+    "WeightEdit": "edit.edits",
+    "applied": "edit.edits",
+    "decide": "verdict",
+    "export_edit": "edit.edits",
+    "load_edit": "edit.edits",
+    "load_facts": "sources.loading",
+    "load_model": "models",
+    "mask_of": "masks",
+    "random_mask_like": "masks",
+    "save_edit": "edit.edits",
+    "save_model": "models",
+    "select_components": "masks",
+    "split_facts": "facts",
+    "with_edit_targets": "facts",
+    "wrap_model": "models",
+}
+_VERBS = ("attack", "edit", "evaluate", "localize", "report")
+
+__all__ = [
+    "Component",
+    "ComponentScores",
+    "Fact",
+    "FactSet",
+    "FactSplit",
+    "Model",
+    "ParameterMask",
+    "Verdict",
+    "WeightEdit",
+    "applied",
+    "attack",
+    "decide",
+    "edit",
+    "evaluate",
+    "export_edit",
+    "load_edit",
+    "load_facts",
+    "load_model",
+    "localize",
+    "mask_of",
+    "random_mask_like",
+    "report",
+    "save_edit",
+    "save_model",
+    "select_components",
+    "split_facts",
+    "with_edit_targets",
+    "wrap_model",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used (PEP 562)."""
+    if name in _VERBS:
+        return import_module(f"mechunlearn.{name}")
+    if name in _HOME:
+        return getattr(import_module(f"mechunlearn.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'mechunlearn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted([*__all__, "__version__"])

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,8 +31,9 @@ _HOOKS = {"mlp": "hook_mlp_out", "attention": "hook_attn_out", "head": "attn.hoo
 
 @dataclass(frozen=True, order=True)
 class Component:
-    """A part of the model that can be scored and edited: `m3` an MLP, `a5` an attention sublayer, `a5.h2` a head,
-    `m3.n117` an MLP neuron.
+    """A part of the model that can be scored and edited.
+
+    `m3` is an MLP, `a5` an attention sublayer, `a5.h2` a head and `m3.n117` an MLP neuron.
     """
 
     kind: Kind
@@ -61,7 +62,9 @@ class Component:
         """
         found = _SHORT.fullmatch(text)
         if not found:
-            raise ValueError(f"component: got {text!r}, allowed: m3 (MLP), a5 (attention), a5.h2 (head), m3.n117 (neuron)")
+            raise ValueError(
+                f"component: got {text!r}, allowed: m3 (MLP), a5 (attention), a5.h2 (head), m3.n117 (neuron)"
+            )
         sublayer: Kind = "mlp" if found["mlp"] else "attention"
         inner: Kind = "neuron" if found["mlp"] else "head"
         index = found[inner]
@@ -125,6 +128,17 @@ class ComponentScores:
         if self.n_facts < 2:
             return np.full(len(self.components), np.nan)
         return self.per_fact.sum(axis=2).std(axis=0, ddof=1) / np.sqrt(self.n_facts)
+
+    def at(self, *roles: str) -> "ComponentScores":
+        """The same scores at some of the token roles only.
+
+        Raises:
+            ValueError: a role that was not scored.
+        """
+        if unknown := [role for role in roles if role not in self.roles]:
+            raise ValueError(f"scores of '{self.method}': got role {unknown[0]!r}, allowed: {', '.join(self.roles)}")
+        columns = [self.roles.index(role) for role in roles]
+        return replace(self, roles=roles, per_fact=self.per_fact[:, :, columns])
 
     def ranking(self) -> tuple[Component, ...]:
         """Components by descending value; ties keep the order of `components`."""

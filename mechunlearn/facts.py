@@ -9,6 +9,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import overload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +75,12 @@ class FactSet(Sequence[Fact]):
     def __iter__(self) -> Iterator[Fact]:
         return iter(self.facts)
 
-    def __getitem__(self, index):  # pyright: ignore[reportIncompatibleMethodOverride] - slices are FactSets too
-        if isinstance(index, slice):
-            return replace(self, facts=self.facts[index])
-        return self.facts[index]
+    @overload
+    def __getitem__(self, index: int) -> Fact: ...
+    @overload
+    def __getitem__(self, index: slice) -> "FactSet": ...
+    def __getitem__(self, index: int | slice) -> "Fact | FactSet":
+        return replace(self, facts=self.facts[index]) if isinstance(index, slice) else self.facts[index]
 
     @property
     def relations(self) -> tuple[str, ...]:
@@ -252,6 +255,29 @@ def _deal_dev(rest: Sequence[Fact], share: float, rng: random.Random) -> tuple[l
     rng.shuffle(subjects)
     dev = set(subjects[: max(1, round(share * len(subjects)))])
     return [f for f in rest if f.subject not in dev], [f for f in rest if f.subject in dev]
+
+
+def balanced_sample(facts: Iterable[Fact], n: int, seed: int = 0) -> tuple[Fact, ...]:
+    """`n` facts taken in turns from the answers of each relation, in a seeded order, one a subject.
+
+    Raises:
+        ValueError: fewer than `n` subjects.
+    """
+    rng = random.Random(seed)
+    shuffled = list(facts)
+    shuffled = rng.sample(shuffled, len(shuffled))
+    one_a_subject = {fact.subject: fact for fact in shuffled}
+    if n > len(one_a_subject):
+        raise ValueError(f"forget set: got n = {n}, allowed: at most {len(one_a_subject)}, the subjects that are there")
+    by_answer: dict[tuple[str, str], list[Fact]] = defaultdict(list)
+    for fact in one_a_subject.values():
+        by_answer[fact.relation, fact.target_true].append(fact)
+    chosen: list[Fact] = []
+    while len(chosen) < n:
+        for answer in sorted(by_answer):
+            if by_answer[answer] and len(chosen) < n:
+                chosen.append(by_answer[answer].pop())
+    return tuple(chosen)
 
 
 def with_edit_targets(facts: Iterable[Fact], seed: int = 0) -> tuple[Fact, ...]:

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from sklearn.linear_model import LogisticRegression
 
+from mechunlearn.activations import Place, hooked, last_logits, pad, untouched
 from mechunlearn.facts import Fact
-from mechunlearn.localize.runs import quiet, record_blocks
-from mechunlearn.metrics import render, token_roles
 from mechunlearn.models import Model
+from mechunlearn.prompts import render, token_roles
 
 Site = Literal["subject_last", "subject_mean", "last"]
 
@@ -62,7 +62,10 @@ def fit_probe(
         ValueError: fewer than two classes, or features and labels that do not match.
     """
     if len(features) != len(labels) or not regularization > 0:
-        raise ValueError(f"probe: got {len(features)} feature rows, {len(labels)} labels, regularization {regularization}")
+        raise ValueError(
+            f"probe: got {len(features)} feature rows, {len(labels)} labels, regularization {regularization}, "
+            "allowed: as many rows as labels, regularization above 0"
+        )
     if len(set(labels)) < 2:
         raise ValueError(f"probe: got {len(set(labels))} class, allowed: at least 2; give facts with different answers")
     features = np.asarray(features, dtype=np.float64)
@@ -79,7 +82,9 @@ def fit_probe(
     return Probe(classes=tuple(str(c) for c in solver.classes_), mean=mean, scale=scale, weight=weight, bias=bias)
 
 
-def entity_folds(labels: Sequence[str], groups: Sequence[str], *, folds: int = 5, seed: int = 0) -> Int[np.ndarray, " row"]:
+def entity_folds(
+    labels: Sequence[str], groups: Sequence[str], *, folds: int = 5, seed: int = 0
+) -> Int[np.ndarray, " row"]:
     """Deal whole groups (entities) to folds, answer by answer, so that no group is in two and classes are balanced.
 
     Raises:
@@ -93,8 +98,8 @@ def entity_folds(labels: Sequence[str], groups: Sequence[str], *, folds: int = 5
         members.setdefault(label_of[group], []).append(group)
     if rare := [label for label, names in members.items() if len(names) < 2]:
         raise ValueError(
-            f"probe: answer {rare[0]!r} ({len(rare)} answers in all) has a single subject, allowed: at least 2 per answer, "
-            "so that one can be held out; give more facts or leave these out"
+            f"probe: answer {rare[0]!r} ({len(rare)} answers in all) has a single subject, allowed: at least 2 per "
+            "answer, so that one can be held out; give more facts or leave these out"
         )
     rng = np.random.default_rng(seed)
     order = [names[i] for _, names in sorted(members.items()) for i in rng.permutation(len(names))]
@@ -120,25 +125,26 @@ def held_out_probabilities(
         ValueError: too few groups per class for the folds, see `entity_folds`.
     """
     fold = entity_folds(labels, groups, folds=folds, seed=seed)
-    classes = sorted(set(labels))
+    names, classes = np.array(labels), sorted(set(labels))
     result = np.zeros((len(labels), len(classes)))
     for held_out in range(folds):
         train, test = np.flatnonzero(fold != held_out), np.flatnonzero(fold == held_out)
         probe = fit_probe(
             features[train],
-            [labels[i] for i in train],
+            names[train].tolist(),
             regularization=regularization,
             standardize=standardize,
             seed=seed,
         )
-        result[np.ix_(test, [classes.index(c) for c in probe.classes])] = probe.probabilities(features[test])
+        columns = np.array([classes.index(c) for c in probe.classes])
+        result[test[:, None], columns] = probe.probabilities(features[test])
     return result
 
 
 def is_correct(probabilities: Float[np.ndarray, "row answer"], labels: Sequence[str]) -> Float[np.ndarray, " row"]:
     """1.0 where the most probable of the sorted classes is the label, else 0.0."""
-    classes = sorted(set(labels))
-    return np.array([classes[i] == label for i, label in zip(probabilities.argmax(axis=1), labels, strict=True)], dtype=float)
+    best = np.array(sorted(set(labels)))[probabilities.argmax(axis=1)]
+    return (best == np.array(labels)).astype(float)
 
 
 def shuffled_labels(labels: Sequence[str], groups: Sequence[str], *, seed: int = 0) -> tuple[str, ...]:
@@ -148,3 +154,64 @@ def shuffled_labels(labels: Sequence[str], groups: Sequence[str], *, seed: int =
     order = np.random.default_rng(seed).permutation(len(names))
     control = {name: label_of[names[i]] for name, i in zip(names, order, strict=True)}
     return tuple(control[group] for group in groups)
+
+
+def residual_features(
+    model: Model,
+    facts: Sequence[Fact],
+    form: str = "prompt",
+    sites: Sequence[Site] = ("subject_last", "last"),
+    *,
+    batch_size: int = 64,
+) -> dict[Site, Float[np.ndarray, "fact layer d_model"]]:
+    """The residual stream of every fact's prompt at the sites: one forward pass, changes nothing.
+
+    Layer 0 is the stream before the first block (the embeddings), layer l + 1 the stream after block l; float32.
+
+    Args:
+        form: how the facts are asked, see `prompts.forms`.
+        sites: the subject's last token, the mean over its tokens, or the prompt's last token.
+    """
+    if not facts or not set(sites) <= set(get_args(Site)):
+        raise ValueError(f"features: got {len(facts)} facts, sites {list(sites)}, allowed: {', '.join(get_args(Site))}")
+    texts = [token_roles(model, render(fact, form), fact.subject) for fact in facts]
+    spans = [_span(roles) for _, roles in texts]
+    places: list[Place] = [("stream", 0), *(("block", layer) for layer in range(model.n_layers))]
+    shape = (len(facts), len(places), model.d_model)
+    result: dict[Site, np.ndarray] = {site: np.zeros(shape, dtype=np.float32) for site in sites}
+    order = sorted(range(len(facts)), key=lambda i: len(texts[i][0]))
+    with untouched(model), torch.no_grad():
+        for rows in (order[start : start + batch_size] for start in range(0, len(order), batch_size)):
+            tokens = pad(model, [texts[i][0] for i in rows])
+            with hooked(model, record=places) as seen:
+                last_logits(model, tokens)
+            for site in sites:
+                weights = torch.zeros(tokens.ids.shape, device=model.device)
+                for row, i in enumerate(rows):
+                    first, end = {"subject_last": (spans[i][1] - 1, spans[i][1]), "subject_mean": spans[i]}.get(
+                        site, (len(texts[i][0]) - 1, len(texts[i][0]))
+                    )
+                    weights[row, first:end] = 1 / (end - first)
+                for layer, place in enumerate(places):
+                    result[site][rows, layer] = torch.einsum("bp,bpd->bd", weights, seen[place].float()).cpu().numpy()
+    return result
+
+
+def subject_token_counts(model: Model, facts: Sequence[Fact], form: str = "prompt") -> Float[np.ndarray, "row token"]:
+    """How often each token occurs in the subject: all that a probe could know from the name alone."""
+    names = []
+    for fact in facts:
+        ids, roles = token_roles(model, render(fact, form), fact.subject)
+        names.append(ids[slice(*_span(roles))])
+    columns = {token: i for i, token in enumerate(sorted({token for name in names for token in name}))}
+    counts = np.zeros((len(facts), len(columns)), dtype=np.float32)
+    for row, name in enumerate(names):
+        for token in name:
+            counts[row, columns[token]] += 1
+    return counts
+
+
+def _span(roles: Sequence[str]) -> tuple[int, int]:
+    """First position of the subject and the one after its last."""
+    inside = [i for i, role in enumerate(roles) if role.startswith("subject")]
+    return inside[0], inside[-1] + 1

@@ -206,4 +206,6 @@ def _one_line(error: ValidationError) -> str:
         key = str(problem["loc"][0])
         problems.setdefault(key, []).append(problem["msg"].removeprefix("Input should be "))
         got[key] = "nothing" if problem["type"] == "missing" else repr(problem["input"])
-    return "; ".join(f"option '{key}': got {got[key]}, allowed: {' or '.join(allowed)}" for key, allowed in problems.items())
+    return "; ".join(
+        f"option '{key}': got {got[key]}, allowed: {' or '.join(allowed)}" for key, allowed in problems.items()
+    )

@@ -137,7 +137,7 @@ def simultaneous_lower_bounds(
     Source: Westfall & Young 1993 (max-T, min-P); Beran 1988, balanced simultaneous confidence sets.
     """
     draws = means.shape[1]
-    # the lowest rank among equals, so that ties (an attack without any spread) never loosen the level
+    # the highest rank among equals: a draw at an attack's own quantile is not below it
     ranks = np.stack([stats.rankdata(row, method="max") for row in means]) / draws
     level = float(np.quantile(ranks.min(axis=0), alpha, method="lower"))
     level = min(max(level, alpha / len(means)), alpha)

@@ -7,12 +7,11 @@ twin n, and the denominator is original minus twin before attacks. 0 is removed,
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
 from mechunlearn.statistics import (
-    ALPHA,
     bootstrap_means,
     bootstrap_weights,
     facts_needed,
@@ -391,5 +390,3 @@ def _caveats(
 def _percent(value: float) -> str:
     return f"{100 * value:.0f}%" if abs(value) >= 0.1 else f"{100 * value:.1f}%"
 
-
-_ = cast, ALPHA

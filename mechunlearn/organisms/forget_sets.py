@@ -1,10 +1,9 @@
 """The default forget sets: what the demo and the presets forget, and what the never-knew twins never read."""
 
 import random
-from collections import defaultdict
 from collections.abc import Callable
 
-from mechunlearn.facts import Fact, FactSet
+from mechunlearn.facts import Fact, FactSet, balanced_sample
 from mechunlearn.sources.bundled import load_bundled
 
 PEOPLE_RELATION = "city"  # 24 answers, evenly dealt
@@ -13,12 +12,12 @@ WHOLE_SPORT = "hockey"
 
 def _people_256(people: FactSet) -> tuple[Fact, ...]:
     """One attribute with many answers of 256 people, balanced by answer."""
-    return _balanced(people.of(PEOPLE_RELATION), 256, seed=0)
+    return balanced_sample(people.of(PEOPLE_RELATION), 256, seed=0)
 
 
 def _athletes_64(sports: FactSet) -> tuple[Fact, ...]:
     """64 athletes, balanced over all sports but the one that is forgotten as a whole."""
-    return _balanced(sports.where(lambda fact: fact.target_true != WHOLE_SPORT), 64, seed=0)
+    return balanced_sample(sports.where(lambda fact: fact.target_true != WHOLE_SPORT), 64, seed=0)
 
 
 def _whole_sport(sports: FactSet) -> tuple[Fact, ...]:
@@ -55,16 +54,3 @@ def never_known() -> frozenset[tuple[str, str]]:
     """(subject, relation) of the union of the default forget sets."""
     return frozenset((fact.subject, fact.relation) for name in FORGET_SETS for fact in load_forget_set(name)[1])
 
-
-def _balanced(facts: FactSet, n: int, seed: int) -> tuple[Fact, ...]:
-    """`n` facts taken in turns from the answers, in a seeded order."""
-    rng = random.Random(seed)
-    by_answer: dict[str, list[Fact]] = defaultdict(list)
-    for fact in rng.sample(facts.facts, len(facts)):
-        by_answer[fact.target_true].append(fact)
-    chosen: list[Fact] = []
-    while len(chosen) < n:
-        for answer in sorted(by_answer):
-            if by_answer[answer] and len(chosen) < n:
-                chosen.append(by_answer[answer].pop())
-    return tuple(chosen)

@@ -3,6 +3,7 @@
 import csv
 import random
 import tomllib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -65,9 +66,7 @@ def load_bundled(name: str) -> FactSet:
     """
     templates = load_templates(name)
     rows = load_rows(name)
-    answers = {
-        relation: sorted({answer for _, other, answer in rows if other == relation}) for relation in templates
-    }
+    answers = {relation: sorted({answer for _, other, answer in rows if other == relation}) for relation in templates}
     return FactSet(
         name=name,
         facts=tuple(
@@ -78,16 +77,23 @@ def load_bundled(name: str) -> FactSet:
                 target_true=answer,
                 paraphrases=templates[relation].declarative[1:],
                 questions=templates[relation].questions,
-                choices=_choices(subject, relation, answer, answers[relation]),
+                choices=draw_choices(subject, relation, (answer,), answers[relation]),
             )
             for subject, relation, answer in rows
         ),
     )
 
 
-def _choices(subject: str, relation: str, answer: str, answers: list[str]) -> tuple[str, ...]:
-    if len(answers) <= MAX_CHOICES:
-        return tuple(answers)
-    rng = random.Random(f"{subject}|{relation}")
-    others = rng.sample([other for other in answers if other != answer], MAX_CHOICES - 1)
-    return tuple(sorted([answer, *others]))
+def draw_choices(subject: str, relation: str, keep: Sequence[str], answers: Iterable[str]) -> tuple[str, ...]:
+    """The candidates of one fact: those to keep and the relation's other answers, at most 24, sorted.
+
+    Too many answers are thinned by a generator seeded with subject and relation alone.
+
+    Args:
+        keep: answers that must stay, the true one among them.
+    """
+    others = sorted(answer for answer in dict.fromkeys(answers) if answer not in keep)  # linear when sorted already
+    room = MAX_CHOICES - len(set(keep))
+    if len(others) > room:
+        others = random.Random(f"{subject}|{relation}").sample(others, room)
+    return tuple(sorted({*keep, *others}))

@@ -1,0 +1,136 @@
+"""Forward passes that read or replace activations, and leave the model as it was.
+
+A *place* is what the residual stream is made of: ("mlp", 3) and ("attention", 3) are the writes of layer 3,
+("head", 3) all its heads' outputs before the output projection, ("block", 3) the stream after block 3 and
+("stream", 0) the stream before the first block.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from mechunlearn.models import (
+    Model,
+    attention_write,
+    block,
+    embedding,
+    first_output,
+    head_input,
+    mlp_write,
+    with_first_output,
+)
+
+PlaceKind = Literal["mlp", "attention", "head", "block", "stream"]
+Place = tuple[PlaceKind, int]
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Token sequences padded on the right: under a causal mask, padding there changes nothing before it."""
+
+    ids: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+    last: Int[Tensor, " batch"]
+    """Position of the last real token."""
+
+
+def pad(model: Model, sequences: Sequence[Sequence[int]]) -> Tokens:
+    """Put sequences of different lengths into one batch on the model's device."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=model.device)
+    if not sequences or int(lengths.min()) < 1:
+        raise ValueError("batch: got an empty token sequence or none at all, allowed: at least one token each")
+    width = int(lengths.max())
+    padded = [[*sequence, *[sequence[-1]] * (width - len(sequence))] for sequence in sequences]
+    ids = torch.tensor(padded, device=model.device)
+    return Tokens(ids=ids, mask=torch.arange(width, device=model.device) < lengths[:, None], last=lengths - 1)
+
+
+@contextmanager
+def untouched(model: Model) -> Iterator[None]:
+    """Inside: eval mode and no parameter requires grad. Afterwards, also on errors, every flag is what it was.
+
+    With frozen parameters a backward pass computes activation gradients only, at about half the cost.
+    """
+    modes = [(module, module.training) for module in model.hf.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.hf.parameters()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def hooked(
+    model: Model,
+    *,
+    record: Sequence[Place] = (),
+    change: Mapping[Place, Change] | None = None,
+    change_embedding: Change | None = None,
+) -> Iterator[dict[Place, Tensor]]:
+    """Inside, forward passes fill the yielded mapping with the (changed) activations of the recorded places."""
+    seen: dict[Place, Tensor] = {}
+    change = change or {}
+
+    def visit(place: Place, value: Tensor) -> Tensor:
+        value = change[place](value) if place in change else value
+        if place in record:
+            seen[place] = value
+        return value
+
+    with ExitStack() as handles:
+        if change_embedding is not None:
+            alter = change_embedding
+
+            def on_embedding(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+                return alter(output)
+
+            handle = embedding(model).register_forward_hook(on_embedding)
+            handles.callback(handle.remove)
+        for place in dict.fromkeys((*record, *change)):
+            handles.callback(_attach(model, place, visit).remove)
+        yield seen
+
+
+def _attach(model: Model, place: Place, visit: Callable[[Place, Tensor], Tensor]) -> Any:
+    kind, layer = place
+
+    def on_output(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        return with_first_output(output, visit(place, first_output(output)))
+
+    def on_input(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if inputs:
+            return (visit(place, inputs[0]), *inputs[1:]), named
+        return inputs, {**named, "hidden_states": visit(place, named["hidden_states"])}
+
+    if kind == "head":
+        return head_input(model, layer).register_forward_pre_hook(on_input, with_kwargs=True)
+    if kind == "stream":
+        return block(model, layer).register_forward_pre_hook(on_input, with_kwargs=True)
+    modules = {"mlp": mlp_write, "attention": attention_write, "block": block}
+    return modules[kind](model, layer).register_forward_hook(on_output)
+
+
+def last_logits(model: Model, tokens: Tokens) -> Float[Tensor, "batch d_vocab"]:
+    """Logits after the last real token of every sequence, in float32 or better; no other position is unembedded."""
+    keep, place = torch.unique(tokens.last, return_inverse=True)
+    mask = None if bool(tokens.mask.all()) else tokens.mask.long()
+    output = model.hf(input_ids=tokens.ids, attention_mask=mask, use_cache=False, logits_to_keep=keep)
+    return exact(output.logits[torch.arange(len(place), device=place.device), place])
+
+
+def exact(value: Tensor) -> Tensor:
+    """The tensor in float32, or as it is if that is better: products in half precision would change scores."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))

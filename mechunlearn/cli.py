@@ -1,0 +1,251 @@
+"""The command line: one command a verb, plus run, plan, list and organism. Heavy imports happen inside commands."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+app = typer.Typer(
+    name="mechunlearn",
+    help="Find where a language model looks facts up, edit only there, attack the result, and decide: removed or hidden?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+organism_app = typer.Typer(help="Train and inspect the bundled model organisms.", no_args_is_help=True)
+app.add_typer(organism_app, name="organism")
+
+console = Console(highlight=False)
+
+ModelOption = Annotated[str, typer.Option("--model", help="Bundled organism, local Hugging Face folder, or hub name.")]
+TwinOption = Annotated[str | None, typer.Option("--twin", help="A model that never knew the facts, if there is one.")]
+FactsOption = Annotated[
+    str, typer.Option("--facts", help="Default forget set (people-256), bundled data set, file, or hub name.")
+]
+MethodOption = Annotated[str | None, typer.Option("--method", help="Method of this stage; `mechunlearn list` shows all.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder that receives the result.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Option of the method or setting, as key=value (TOML value). Repeatable.")
+]
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="A preset (see `list`) or a TOML file.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder that receives the run's folder.")] = Path(".runs"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not reuse finished parts of an earlier run.")] = False,
+    model: Annotated[str | None, typer.Option("--model", help="Override the file's model.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Override the file's device.")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Localize, edit, attack and decide, as a preset or a TOML file says; finished parts are reused."""
+    settings = _settings(config, model=model, device=device, pairs=set_)
+    from mechunlearn.experiment import run_experiment
+    from mechunlearn.report.html import write_report
+    from mechunlearn.report.tables import verdict_table
+
+    with _progress() as progress:
+        result = run_experiment(settings, out / settings.name, fresh=fresh, on_progress=progress)
+    path = write_report(result, out / settings.name / "report.html")
+    for line in result.manifest["summary"]:
+        console.print(escape(line))
+    _print_frame(verdict_table(result), title="Verdicts")
+    console.print(f"report: {escape(str(path))}")
+
+
+@app.command()
+def plan(
+    config: Annotated[str, typer.Argument(help="A preset (see `list`) or a TOML file.")],
+    set_: SetOption = None,
+) -> None:
+    """Say what a run would do, what it would edit, and whether its facts are enough for a verdict; runs nothing."""
+    settings = _settings(config, model=None, device=None, pairs=set_)
+    from mechunlearn.experiment import plan_experiment
+
+    for title, frame in plan_experiment(settings).items():
+        _print_frame(frame, title=title)
+
+
+@app.command()
+def localize(
+    out: OutOption,
+    model: ModelOption = "atlas",
+    facts: FactsOption = "people-256",
+    method: MethodOption = "attribution_patching",
+    twin: TwinOption = None,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    set_: SetOption = None,
+) -> None:
+    """Score the model's components for a set of facts; writes scores.safetensors and scores.csv."""
+    from mechunlearn import stages
+
+    scores = stages.localize(model, facts, method or "", _pairs(set_), twin=twin, device=device, out=out)
+    frame = scores.to_frame().sort_values("value", ascending=False).head(12)
+    _print_frame(frame[["component", "value", "standard_error", *scores.roles]], title=f"{scores.method}: {scores.sign}")
+    console.print(f"scores: {escape(str(out / 'scores.safetensors'))}")
+
+
+@app.command()
+def edit(
+    out: OutOption,
+    model: ModelOption = "atlas",
+    facts: FactsOption = "people-256",
+    method: MethodOption = "inject",
+    scores: Annotated[Path | None, typer.Option("--scores", help="scores.safetensors of `localize`.")] = None,
+    components: Annotated[str | None, typer.Option("--components", help="Instead of scores: m2,m3 or a5.h1,...")] = None,
+    budget: Annotated[float, typer.Option("--budget", help="Share of MLP and attention parameters to edit.")] = 0.2,
+    export: Annotated[bool, typer.Option("--export", help="Also write the edited model as a checkpoint.")] = False,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    set_: SetOption = None,
+) -> None:
+    """Change the selected weights only; writes the edit, and with --export a plain Hugging Face checkpoint."""
+    from mechunlearn import stages
+
+    table = stages.edit(
+        model, facts, method or "", _pairs(set_), scores=scores, components=components, budget=budget,
+        export=export, device=device, out=out,
+    )  # fmt: skip
+    _print_frame(table, title=f"{method}: before and after")
+    console.print(f"edit: {escape(str(out / 'edit'))}")
+
+
+@app.command()
+def attack(
+    out: OutOption,
+    model: ModelOption = "atlas",
+    facts: FactsOption = "people-256",
+    method: MethodOption = "relearning",
+    edited: Annotated[Path | None, typer.Option("--edit", help="Folder of a saved edit, applied first.")] = None,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    set_: SetOption = None,
+) -> None:
+    """Try to get the facts back; writes the attack's rows and record."""
+    from mechunlearn import stages
+
+    table = stages.attack(model, facts, method or "", _pairs(set_), edit_folder=edited, device=device, out=out)
+    _print_frame(table, title=f"{method}: hidden facts")
+    console.print(f"rows: {escape(str(out))}")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A finished run's folder.")]) -> None:
+    """Write report.html of a finished run again and print its verdicts."""
+    from mechunlearn.report.html import write_report
+    from mechunlearn.report.tables import verdict_table
+    from mechunlearn.runs import load_run
+
+    finished = load_run(folder)
+    path = write_report(finished, folder / "report.html")
+    _print_frame(verdict_table(finished), title="Verdicts")
+    console.print(f"report: {escape(str(path))}")
+
+
+@app.command(name="list")
+def list_(
+    stage: Annotated[str | None, typer.Argument(help="localizers, editors, attacks, sources, presets or models.")] = None,
+) -> None:
+    """List methods, presets, bundled models and forget sets."""
+    from mechunlearn import stages
+
+    for title, frame in stages.listing(stage).items():
+        _print_frame(frame, title=title)
+
+
+@organism_app.command("train")
+def organism_train(
+    name: Annotated[str, typer.Argument(help="atlas, atlas-never-a or atlas-never-b.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of checkpoints and of the finished model.")] = Path(".runs/organisms"),
+    device: Annotated[str, typer.Option("--device")] = "cpu",
+    tokens: Annotated[int | None, typer.Option("--tokens", min=2000, help="Fewer tokens than the recipe's, for a trial.")] = None,
+) -> None:
+    """Train a bundled organism from scratch; interrupted, it goes on from its last checkpoint."""
+    from dataclasses import replace
+
+    from mechunlearn.organisms.bundle import ORGANISMS, train_organism
+    from mechunlearn.registry import did_you_mean
+
+    if name not in ORGANISMS:
+        raise ValueError(f"unknown organism {name!r}.{did_you_mean(name, tuple(ORGANISMS))}")
+    recipe = replace(ORGANISMS[name][0], tokens=tokens) if tokens else ORGANISMS[name][0]
+    with _progress() as progress:
+        folder = train_organism(
+            name, out / name, device=device, recipe=recipe,
+            on_step=lambda step, loss: progress(f"{name}: loss {loss:.3f}", step, recipe.steps),
+        )  # fmt: skip
+    console.print(f"model: {escape(str(folder))}")
+
+
+@organism_app.command("check")
+def organism_check(name: Annotated[str, typer.Argument(help="A bundled organism, or a folder of one.")]) -> None:
+    """Measure what an organism knows of the bundled data sets, by form of asking."""
+    from mechunlearn.models import load_model
+    from mechunlearn.organisms.knowledge import knowledge
+
+    _print_frame(knowledge(load_model(name)), title=f"{name}: accuracy among the candidates")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit code 2."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        if isinstance(error, UnicodeError):
+            raise
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {escape(str(error))}")
+        sys.exit(2)
+
+
+def _settings(config: str, *, model: str | None, device: str | None, pairs: list[str] | None) -> Any:
+    from mechunlearn.settings import load_settings
+
+    changes = {key: value for key, value in (("model", model), ("device", device)) if value is not None}
+    return load_settings(config, changes | _pairs(pairs))
+
+
+def _pairs(pairs: list[str] | None) -> dict[str, Any]:
+    """Read key=value options; the value is TOML, or a bare string."""
+    import tomllib
+
+    options: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, separator, text = pair.partition("=")
+        if not separator or not key:
+            raise ValueError(f"--set: got {pair!r}, allowed: key=value")
+        try:
+            options[key] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            options[key] = text
+    return options
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Any]:
+    """A callback (text, done, total) that shows a bar with the time left; shown on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def update(text: str, done: float, total: float) -> None:
+            bar.update(task, description=escape(text), completed=done, total=total)
+
+        yield update
+
+
+def _print_frame(frame: Any, title: str) -> None:
+    table = Table(title=escape(title), title_justify="left")
+    for column in frame.columns:
+        table.add_column(escape(str(column)))
+    for row in frame.itertuples(index=False):
+        table.add_row(*(escape(f"{v:.3f}" if isinstance(v, float) else str(v)) for v in row))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

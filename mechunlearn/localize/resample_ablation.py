@@ -1,0 +1,149 @@
+"""Exact ablation: what the model loses when an MLP's output is another subject's."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from mechunlearn.activations import Change, Place, hooked, last_logits, untouched
+from mechunlearn.components import ComponentScores
+from mechunlearn.facts import Fact, hash_facts
+from mechunlearn.localize import LOCALIZERS
+from mechunlearn.localize.pairs import SUBJECT_ROLES, PairBatch, batches, build_pairs, describe_pairs
+from mechunlearn.models import Model, all_components
+
+AblationRole = Literal["subject", "last", "all"]
+_TOKENS: Mapping[AblationRole, tuple[str, ...]] = {
+    "subject": SUBJECT_ROLES,
+    "last": ("last",),
+    "all": (*SUBJECT_ROLES, "between", "last"),
+}
+_ROLES: tuple[AblationRole, ...] = ("subject", "last")
+
+
+@LOCALIZERS.register("resample_ablation", source="Chan et al. 2022; Zhang & Nanda 2023, arXiv:2309.16042")
+def resample_ablation(
+    model: Model,
+    facts: Sequence[Fact],
+    *,
+    metric: Literal["logit_diff", "accuracy"] = "logit_diff",
+    pairs_per_fact: Annotated[int, Field(ge=1)] = 1,
+    batch_size: Annotated[int, Field(ge=1)] = 32,
+    seed: Annotated[int, Field(ge=0)] = 0,
+) -> ComponentScores:
+    """Measure exactly what each MLP carries: give it the output it has on another subject, see what is lost.
+
+    score(m, role) = metric(clean run) - metric(clean run with m's output at the role's tokens taken from the donor's
+    run). Two roles: all subject tokens at once, and the last token.
+
+    Sign and units: logits, or a share in [-1, 1] for accuracy. Positive: the MLP carries the fact. Exact, but effects
+        of several MLPs or roles do not add up.
+
+    Args:
+        metric: "logit_diff": true answer against the donor's; "accuracy": 1 where the true answer beats all other
+            candidates at the first token where the two answers differ.
+        pairs_per_fact: donors per fact, see `pairs.build_pairs`.
+
+    Raises:
+        ValueError: no facts, or a fact that cannot be paired.
+
+    Source: Chan et al. 2022, "Causal Scrubbing" (resampling); Zhang & Nanda 2023, arXiv:2309.16042 (symmetric).
+    """
+    pairs = build_pairs(model, facts, pairs_per_fact=pairs_per_fact, seed=seed)
+    components = all_components(model, ("mlp",))
+    places: list[Place] = [("mlp", component.layer) for component in components]
+    total = np.zeros((len(facts), len(components), len(_ROLES)))
+    clean_values: list[float] = []
+    with untouched(model), torch.no_grad():
+        for batch in batches(model, pairs, batch_size):
+            measure = _logit_diff if metric == "logit_diff" else _accuracy
+            clean = measure(batch, last_logits(model, batch.clean))
+            donors = record_donor(model, batch, places)
+            drops = [
+                [clean - measure(batch, ablated_logits(model, batch, {place: donors[place]}, role)) for role in _ROLES]
+                for place in places
+            ]
+            scores = torch.stack([torch.stack(row, dim=-1) for row in drops], dim=1)
+            np.add.at(total, [pair.fact for pair in batch.pairs], scores.double().cpu().numpy())
+            clean_values += clean.tolist()
+    n_pairs = np.bincount([pair.fact for pair in pairs], minlength=len(facts))
+    return ComponentScores(
+        method="resample_ablation",
+        metric=metric,
+        sign="drop of the metric when the MLP's output is another subject's; positive: the MLP carries the fact",
+        components=components,
+        roles=_ROLES,
+        per_fact=total / n_pairs[:, None, None],
+        options={"metric": metric, "pairs_per_fact": pairs_per_fact, "batch_size": batch_size, "seed": seed},
+        facts_sha256=hash_facts(facts),
+        notes={**describe_pairs(pairs), f"{metric}_clean": float(np.mean(clean_values))},
+    )
+
+
+def ablate_band(
+    model: Model,
+    facts: Sequence[Fact],
+    layers: Sequence[int],
+    role: AblationRole = "subject",
+    *,
+    pairs_per_fact: int = 1,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Ablate the MLPs of several layers at once, each with its output on the donor's run.
+
+    Returns:
+        accuracy_clean and accuracy_ablated: shares of the pairs whose true answer beats all other candidates; and
+        donor_rate: share whose highest candidate under ablation is the donor's answer. All in [0, 1].
+
+    Raises:
+        ValueError: no or unknown layers, or a fact that cannot be paired.
+    """
+    if not layers or not set(layers) <= set(range(model.n_layers)):
+        raise ValueError(f"ablate_band: got layers {list(layers)}, allowed: one or more of 0 to {model.n_layers - 1}")
+    if role not in _TOKENS:
+        raise ValueError(f"ablate_band: got role {role!r}, allowed: {', '.join(_TOKENS)}")
+    pairs = build_pairs(model, facts, pairs_per_fact=pairs_per_fact, seed=seed)
+    places: list[Place] = [("mlp", layer) for layer in sorted(set(layers))]
+    counts = np.zeros(3)
+    with untouched(model), torch.no_grad():
+        for batch in batches(model, pairs, batch_size):
+            clean = last_logits(model, batch.clean)
+            ablated = ablated_logits(model, batch, record_donor(model, batch, places), role)
+            donor = (batch.chosen(ablated) == batch.counterfactual).float()
+            counts += [float(x.sum()) for x in (_accuracy(batch, clean), _accuracy(batch, ablated), donor)]
+    shares = counts / len(pairs)
+    return {"accuracy_clean": shares[0], "accuracy_ablated": shares[1], "donor_rate": shares[2]}
+
+
+def record_donor(
+    model: Model, batch: PairBatch, places: Sequence[Place]
+) -> dict[Place, Float[Tensor, "batch pos d_model"]]:
+    """What the places write on the corrupt run."""
+    with hooked(model, record=places) as seen:
+        last_logits(model, batch.corrupt)
+    return seen
+
+
+def ablated_logits(
+    model: Model, batch: PairBatch, donors: Mapping[Place, Tensor], role: AblationRole
+) -> Float[Tensor, "batch d_vocab"]:
+    """Logits of the clean run in which the places write what they write on the donor's run."""
+
+    def replacement(donor: Tensor) -> Change:
+        return lambda value: batch.put(value, donor, _TOKENS[role])
+
+    with hooked(model, change={place: replacement(donor) for place, donor in donors.items()}):
+        return last_logits(model, batch.clean)
+
+
+def _logit_diff(batch: PairBatch, logits: Tensor) -> Float[Tensor, " batch"]:
+    return batch.logit_diff(logits)
+
+
+def _accuracy(batch: PairBatch, logits: Tensor) -> Float[Tensor, " batch"]:
+    return (batch.chosen(logits) == batch.answer).float()

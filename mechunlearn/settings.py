@@ -1,0 +1,177 @@
+"""What a run does, read from one TOML file: strict, with every key checked before anything starts."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mechunlearn.attack import ATTACKS
+from mechunlearn.edit import EDITORS
+from mechunlearn.localize import LOCALIZERS
+from mechunlearn.registry import Registry, did_you_mean
+
+Options = dict[str, Any]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, protected_namespaces=())
+
+
+class FactsSettings(_Strict):
+    """Which facts there are and which of them are to be forgotten."""
+
+    source: str = "people"
+    format: str = "auto"
+    forget: str | None = None
+    """A default forget set (people-256, ...); instead of it `relation` and `n` choose facts of any source."""
+    relation: str | None = None
+    n: Annotated[int, Field(ge=4)] | None = None
+    folds: Annotated[int, Field(ge=2)] = 2
+    fold: Annotated[int, Field(ge=0)] = 0
+    known: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Only facts whose true answer has more than this share of the probability are forgotten or retained."""
+
+
+class MaskSettings(_Strict):
+    """How much may be edited: a share of all MLP and attention parameters, or a number of them."""
+
+    budget: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1)] = 0.2
+    kinds: list[Literal["mlp", "attention", "head"]] = ["mlp"]
+
+
+class ArmSettings(_Strict):
+    """One edit: where (a localizer) and how (an editor). Budget and kinds default to those of [mask]."""
+
+    localizer: str
+    editor: str = "inject"
+    budget: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1)] | None = None
+    kinds: list[Literal["mlp", "attention", "head"]] | None = None
+    seed: int | None = None
+
+    @property
+    def name(self) -> str:
+        """How the arm is called in tables and folders."""
+        return f"{self.editor}-{self.localizer}" + ("" if self.seed is None else f"-{self.seed}")
+
+
+class VerdictSettings(_Strict):
+    """Where the line between removed and hidden is drawn."""
+
+    delta: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    draws: Annotated[int, Field(ge=500)] = 4000
+
+
+class Settings(_Strict):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    model: str
+    twin: str | None = None
+    """A model that never knew the facts; without one the verdict is capped at inconclusive unless hidden."""
+    second_twin: str | None = None
+    """Another one, judged against the first: what a model that truly never knew looks like."""
+    suppressed_control: bool = True
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    workers: Annotated[int, Field(ge=1)] = 1
+    facts: FactsSettings = FactsSettings()
+    mask: MaskSettings = MaskSettings()
+    verdict: VerdictSettings = VerdictSettings()
+    localize: dict[str, Options] = {}
+    edit: dict[str, Options] = {}
+    attack: dict[str, Options] = {"asking": {}, "relearning": {}, "probing": {}}
+    arms: list[ArmSettings] = []
+
+    @field_validator("localize", "edit", "attack")
+    @classmethod
+    def _known_methods(cls, value: dict[str, Options], info: Any) -> dict[str, Options]:
+        registry: Registry = {"localize": LOCALIZERS, "edit": EDITORS, "attack": ATTACKS}[info.field_name]
+        return {name: registry.get(name).validate(options) for name, options in value.items()}
+
+    @field_validator("arms")
+    @classmethod
+    def _known_arms(cls, arms: list[ArmSettings]) -> list[ArmSettings]:
+        for arm in arms:
+            LOCALIZERS.get(arm.localizer)
+            EDITORS.get(arm.editor)
+        names = [arm.name for arm in arms]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"arm {sorted(repeated)[0]!r} is listed twice; give one of them a seed")
+        return arms
+
+    def options(self, stage: Literal["localize", "edit", "attack"], method: str) -> Options:
+        """Validated options of a method: those of the file, else its defaults."""
+        registry = {"localize": LOCALIZERS, "edit": EDITORS, "attack": ATTACKS}[stage]
+        return registry.get(method).validate(getattr(self, stage).get(method, {}))
+
+
+def preset_names() -> tuple[str, ...]:
+    """The presets that come with the package."""
+    return tuple(sorted(Path(str(p)).stem for p in files("mechunlearn.presets").iterdir() if str(p).endswith(".toml")))
+
+
+def load_settings(name_or_path: str | Path, changes: Mapping[str, Any] | None = None) -> Settings:
+    """Read a preset by name or a TOML file by path.
+
+    Args:
+        changes: values that replace the file's, by key; a dot reaches into a table ("facts.fold").
+
+    Raises:
+        FileNotFoundError: neither a preset nor a file.
+        ValueError: broken syntax, an unknown key or method, a value out of range; one line that names the file.
+    """
+    path = Path(name_or_path)
+    if str(name_or_path) in preset_names():
+        path = Path(str(files("mechunlearn.presets"))) / f"{name_or_path}.toml"
+    elif not path.is_file():
+        raise FileNotFoundError(f"no preset or file {str(name_or_path)!r}.{did_you_mean(str(name_or_path), preset_names())}")
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from None
+    data.setdefault("name", path.stem)
+    for key, value in (changes or {}).items():
+        *tables, last = key.split(".")
+        table = data
+        for name in tables:
+            table = table.setdefault(name, {})
+        table[last] = value
+    return check_settings(data, str(path))
+
+
+def check_settings(data: dict[str, Any], where: str) -> Settings:
+    """Validate settings held in a dictionary; `where` begins the message of an error."""
+    try:
+        return Settings.model_validate(data)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in problem["loc"] if not _is_branch(part))
+        if problem["type"] == "extra_forbidden":
+            raise ValueError(f"{where}: unknown key '{key}'.{did_you_mean(_last(problem['loc']), _siblings(problem['loc']))}") from None
+        message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        if problem["type"] == "value_error":
+            raise ValueError(f"{where}: {message}") from None
+        got = "nothing" if problem["type"] == "missing" else repr(problem["input"])
+        raise ValueError(f"{where}: key '{key}': got {got}, allowed: {message}") from None
+
+
+def _is_branch(part: str | int) -> bool:
+    """Pydantic names the member of a union in the location; users did not write that."""
+    return isinstance(part, str) and ("[" in part or part in ("int", "float"))
+
+
+def _last(location: Sequence[str | int]) -> str:
+    return str(location[-1])
+
+
+def _siblings(location: Sequence[str | int]) -> tuple[str, ...]:
+    """The keys that are allowed where an unknown one stood."""
+    homes: dict[str, type[BaseModel]] = {
+        "facts": FactsSettings, "mask": MaskSettings, "verdict": VerdictSettings, "arms": ArmSettings,
+    }  # fmt: skip
+    home = homes.get(str(location[0]), Settings) if len(location) > 1 else Settings
+    return tuple(sorted(home.model_fields))

@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from mechunlearn import masks
+from mechunlearn.components import Component
+from mechunlearn.edit.edits import applied
+from mechunlearn.edit.inject import inject
+from mechunlearn.facts import FactSplit, with_edit_targets
+from mechunlearn.metrics import score_facts
+from mechunlearn.models import wrap_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; run with -m gpu on a machine with one"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_edit_on_the_gpu_fits_and_restores_bit_for_bit(tiny_model, tiny_split: FactSplit, dtype: torch.dtype):
+    from dataclasses import replace
+
+    parts = ("forget_shown", "forget_hidden", "attack_dev")
+    split = replace(tiny_split, **{part: with_edit_targets(getattr(tiny_split, part)) for part in parts})
+    cpu = tiny_model()
+    model = wrap_model(cpu.hf.to("cuda", dtype), cpu.tokenizer)
+    mask = masks.mask_of(model, [Component("mlp", 1), Component("head", 2, 1), Component("neuron", 0, 3)])
+    before = model.sha256
+    edit = inject(model, mask, split, steps=20, learning_rate=1e-2)
+    assert edit.history[-1] < edit.history[0] and all(value.dtype == dtype for value in edit.values.values())
+    with applied(model, edit):
+        assert score_facts(model, split.forget)["p_true"].between(0, 1).all()
+    assert model.sha256 == before
+
+
+def test_scores_on_the_gpu_equal_those_on_the_cpu(tiny_model, tiny_facts):
+    facts, cpu, gpu = tiny_facts[:10].facts, tiny_model(), tiny_model()
+    gpu.hf.to("cuda")
+    for form in ("prompt", "choice"):
+        a, b = (score_facts(model, facts, form)["p_true"].tolist() for model in (cpu, gpu))
+        assert a == pytest.approx(b, abs=1e-4)

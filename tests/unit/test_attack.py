@@ -1,0 +1,160 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mechunlearn.attack import ATTACKS, asking, probing, relearning
+from mechunlearn.attack.results import AttackResult, Health
+from mechunlearn.bench.suppressed import suppress_with_lora
+from mechunlearn.edit.edits import applied
+from mechunlearn.edit.losses import Term, answer_loss, batches, fact_tokens, weighted_sum
+from mechunlearn.edit.training import masked_trainable, train
+from mechunlearn.facts import FactSplit, with_edit_targets
+from mechunlearn.masks import mask_of
+from mechunlearn.metrics import score_facts
+from mechunlearn.models import all_components
+from mechunlearn.verdict import decide, gather_evidence
+
+QUICK = {
+    "asking": {},
+    "relearning": {"learning_rates": (3e-3,), "steps": 4, "eval_every": 2, "batch_size": 16, "rank": 2},
+    "probing": {"max_steps": 20},
+}
+RUN = {"asking": asking, "relearning": relearning, "probing": probing}
+
+
+@pytest.fixture(scope="module")
+def knowing(tiny_model, tiny_facts):
+    """A tiny model taught all facts in prompt and paraphrase."""
+    model = tiny_model("llama", seed=0)
+    trainable = masked_trainable(model, mask_of(model, all_components(model)))
+    tokens = fact_tokens(model, tiny_facts.facts, forms="all")
+    loss = weighted_sum([Term(weight=1.0, objective=answer_loss, batches=batches(tokens, 80, seed=0))])
+    train(model, trainable, loss, steps=120, learning_rate=1e-2)
+    with torch.no_grad():
+        for name, value in trainable.overrides().items():
+            dict(model.hf.named_parameters())[name].copy_(value)
+    assert score_facts(model, tiny_facts.facts)["correct"].mean() > 0.9
+    return model
+
+
+class Guarded:
+    """A split whose hidden facts may only be read once `allowed` says so."""
+
+    def __init__(self, split: FactSplit):
+        self._split = split
+        self.reads = 0
+
+    def __getattr__(self, name):
+        if name in ("forget_hidden", "forget", "sha256"):
+            self.reads += 1
+            raise PermissionError("hidden facts read")
+        return getattr(self._split, name)
+
+
+def test_all_attacks_are_registered():
+    assert {"asking", "relearning", "probing"} <= set(ATTACKS.names())
+
+
+@pytest.mark.parametrize("name", sorted(QUICK))
+def test_an_attack_leaves_the_model_bit_identical_and_is_reproducible(name, knowing, tiny_split):
+    before, state = knowing.sha256, torch.random.get_rng_state()
+    first = RUN[name](knowing, tiny_split, **QUICK[name])
+    assert knowing.sha256 == before
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not any(p.grad is not None for p in knowing.hf.parameters())
+    second = RUN[name](knowing, tiny_split, **QUICK[name])
+    assert first.rows.equals(second.rows)
+    assert set(first.hidden_scores()) == set(first.hidden_before())
+    assert len(first.hidden_scores()) == len(tiny_split.forget_hidden)
+    assert all(0 <= p <= 1 for p in first.hidden_scores().values())
+
+
+@pytest.mark.parametrize("name", sorted(QUICK))
+def test_hidden_facts_stay_unread_until_everything_is_chosen(name, knowing, tiny_split, monkeypatch):
+    guarded = Guarded(tiny_split)
+    scored = []
+    for module in (asking, relearning, probing):
+        monkeypatch.setitem(
+            module.__globals__, "fact_rows", lambda *args, **fields: scored.append(args) or pytest.fail("scored")
+        )
+    with pytest.raises(PermissionError):
+        RUN[name](knowing, guarded, **QUICK[name])
+    assert guarded.reads == 1
+    assert not scored
+
+
+@pytest.mark.parametrize("name", sorted(QUICK))
+def test_other_hidden_facts_change_nothing_that_was_chosen(name, knowing, tiny_split):
+    shuffled = replace(tiny_split, forget_hidden=tiny_split.forget_hidden[:3])
+    whole, part = (RUN[name](knowing, split, **QUICK[name]) for split in (tiny_split, shuffled))
+    assert (whole.chosen, whole.chosen_step, whole.health) == (part.chosen, part.chosen_step, part.health)
+    for key, score in part.hidden_scores().items():
+        assert score == pytest.approx(whole.hidden_scores()[key], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(QUICK))
+def test_the_target_can_be_dropped_from_the_candidates(name, knowing, tiny_split):
+    targets = {part: with_edit_targets(getattr(tiny_split, part)) for part in ("forget_shown", "forget_hidden", "attack_dev")}
+    result = RUN[name](knowing, replace(tiny_split, **targets), drop_targets=True, **QUICK[name])
+    assert result.options["drop_targets"] is True
+    assert all(0 <= p <= 1 for p in result.hidden_scores().values())
+
+
+def test_zero_steps_of_relearning_are_the_evaluation_before(knowing, tiny_split):
+    result = relearning(knowing, tiny_split, steps=0, learning_rates=(1e-3,))
+    assert result.hidden_scores() == pytest.approx(result.hidden_before())
+    direct = score_facts(knowing, tiny_split.forget_hidden)["p_true"]
+    assert np.mean(list(result.hidden_before().values())) == pytest.approx(direct.mean())
+
+
+def test_asking_a_model_that_knows_gets_the_facts(knowing, tiny_split):
+    result = asking(knowing, tiny_split)
+    assert result.zero_budget
+    assert np.mean(list(result.hidden_scores().values())) > 0.8
+    assert set(result.rows["setting"]) == {"prompt", "paraphrase:0", "question:0", "choice"}
+
+
+def test_relearning_that_breaks_the_model_says_so(knowing, tiny_split):
+    result = relearning(knowing, tiny_split, learning_rates=(1.0,), kinds=("full",), steps=3, eval_every=3)
+    if result.chosen_step:
+        assert not result.health.healthy
+    assert Health(fitted=1.0, retained_before=0.9, retained_after=0.8, perplexity_ratio=1.0).reason.startswith("retained")
+    assert "perplexity" in Health(perplexity_ratio=float("nan")).reason
+
+
+def test_a_probe_without_two_answers_to_train_on_is_refused_in_one_line(knowing, tiny_split):
+    lone = replace(tiny_split, retain_train=(), forget_shown=tiny_split.forget_shown[:1])
+    with pytest.raises(ValueError, match="no two answers to train on"):
+        probing(knowing, lone)
+
+
+def test_a_result_survives_writing_and_reading(knowing, tiny_split, tmp_path):
+    result = asking(knowing, tiny_split)
+    result.save(tmp_path / "asking")
+    again = AttackResult.load(tmp_path / "asking")
+    assert again.rows.equals(result.rows)
+    assert replace(again, rows=result.rows, before=result.before) == replace(result)
+
+
+def test_the_unedited_model_is_still_expressed_against_its_twin(knowing, tiny_model, tiny_split):
+    twin = tiny_model("llama", seed=1)
+    evidence = gather_evidence([asking(knowing, tiny_split)], [asking(twin, tiny_split)])
+    verdict = decide([evidence], original=0.95, null_before=0.25, draws=500)
+    assert str(verdict) == "hidden (still expressed)"
+
+
+def test_a_suppressed_model_says_whether_it_was_accepted(knowing, tiny_split):
+    before = knowing.sha256
+    none = suppress_with_lora(knowing, tiny_split, steps=0)
+    assert not none.acceptance.accepted
+    assert "still answers" in none.acceptance.reason
+    hidden = suppress_with_lora(knowing, tiny_split, steps=60, learning_rate=1e-2)
+    assert knowing.sha256 == before
+    assert hidden.acceptance.direct_accuracy < none.acceptance.direct_accuracy
+    assert hidden.acceptance.probe_after == hidden.acceptance.probe_before  # earlier layers are untouched
+    with applied(knowing, hidden.edit):
+        accuracy = score_facts(knowing, tiny_split.forget_hidden)["correct"].mean()
+    assert accuracy == pytest.approx(hidden.acceptance.direct_accuracy)
+    assert knowing.sha256 == before
