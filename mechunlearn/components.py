@@ -3,6 +3,10 @@
 No torch here: names and numbers only.
 """
 
+# pandas, numpy's argsort and safetensors are only partly typed; all else in this file is checked strictly
+# pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false, reportUnknownMemberType=false
+# pyright: reportUnknownArgumentType=false
+
 import json
 import os
 import re
@@ -90,9 +94,9 @@ class ComponentScores:
     components: tuple[Component, ...]
     roles: tuple[str, ...] = ROLES
     per_fact: Float[np.ndarray, "fact component role"]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     facts_sha256: str = ""
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Anything else worth keeping that JSON can hold."""
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechunlearn.facts import Fact
 from mechunlearn.models import Model
-from mechunlearn.prompts import Asked, ask, encode, encode_answers, forms
+from mechunlearn.prompts import Asked, ask, encode, encode_answers, forms, max_positions
 
 Ids = tuple[int, ...]
 
@@ -194,7 +194,7 @@ def perplexity(model: Model, texts: Sequence[str], *, max_tokens: int = 256, bat
     Sign and units: at least 1; d_vocab for a model that knows nothing. Smaller is more fluent.
 
     Args:
-        max_tokens: each text is cut there.
+        max_tokens: each text is cut there, or at the model's last position.
 
     Raises:
         ValueError: no text has two tokens.
@@ -247,7 +247,8 @@ def _is_predicted(batch: Sequence[Sequence[int]], device: torch.device) -> Tenso
 
 
 def _text_batches(model: Model, texts: Sequence[str], max_tokens: int, batch_size: int) -> list[list[list[int]]]:
-    rows = sorted((row[:max_tokens] for row in encode(model, texts) if len(row) > 1), key=len)
+    width = max_positions(model, max_tokens)
+    rows = sorted((row[:width] for row in encode(model, texts) if len(row) > 1), key=len)
     if not rows:
         raise ValueError(f"texts: got {len(texts)}, none of two tokens or more; give some text")
     return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]

@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Bool
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -27,7 +29,9 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from mechunlearn.architectures import Architecture, NotSupported, Sizes, architecture_of, parameter_masks, sizes_of
 from mechunlearn.components import KINDS, Component, Kind
@@ -113,7 +117,7 @@ class Model:
         for name, parameter in sorted(self.hf.named_parameters()):
             digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
             flat = parameter.detach().reshape(-1).contiguous().cpu()
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+            digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @cached_property
@@ -197,7 +201,8 @@ def save_model(model: Model, folder: str | Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        model.hf.save_pretrained(temporary)
+        with _no_progress_bars():
+            model.hf.save_pretrained(temporary)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(temporary)
         temporary.chmod(0o755)  # mkdtemp's own mode would hide the checkpoint from everyone else
@@ -351,6 +356,18 @@ def _copied(model: Model, bridge: "TransformerBridge") -> tuple[str, ...]:
     return tuple(name for name, _ in model.hf.named_parameters() if name in copied) if foreign else ()
 
 
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Transformers draws one even for a checkpoint of a megabyte."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 def _weights_folder() -> Path:
     return Path(str(files("mechunlearn"))) / "organisms" / "weights"
 
@@ -358,6 +375,8 @@ def _weights_folder() -> Path:
 def _resolve(name: str) -> tuple[str, bool]:
     """Where to load from, and whether it is a bundled organism."""
     bundled = bundled_models()
+    if not name:
+        raise FileNotFoundError(f"no model folder ''; give a folder, a hub id or a bundled model: {_known(bundled)}")
     if name in bundled:
         return str(_weights_folder() / name), True
     path = Path(name).expanduser()
@@ -366,7 +385,7 @@ def _resolve(name: str) -> tuple[str, bool]:
             raise FileNotFoundError(f"model folder {name}: no config.json in it; give a Hugging Face checkpoint folder")
         return str(path), False
     parts = name.split("/")
-    if path.is_absolute() or parts[0] in (".", "..", "~") or len(parts) > 2 or not name:
+    if path.is_absolute() or parts[0] in (".", "..", "~") or len(parts) > 2:
         raise FileNotFoundError(
             f"no model folder {name!r}; give a folder, a hub id or a bundled model: {_known(bundled)}"
         )
@@ -406,11 +425,12 @@ def _check_sha256(folder: Path) -> None:
 
 def _load_weights(where: str, config: PretrainedConfig, dtype: Any, revision: str | None) -> PreTrainedModel:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where, config=config, dtype=dtype, revision=revision, use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True,
-        )  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
+        with _no_progress_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where, config=config, dtype=dtype, revision=revision, use_safetensors=True, trust_remote_code=False,
+                output_loading_info=True,
+            )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot read the weights of {where}: {_first_line(error)}; needs safetensors") from None
     hf, info = loaded
     if missing := sorted(info["missing_keys"]):
@@ -418,8 +438,24 @@ def _load_weights(where: str, config: PretrainedConfig, dtype: Any, revision: st
     return hf
 
 
+def _is_plain_tokenizer(folder: Path) -> bool:
+    """Whether tokenizer.json says it all.
+
+    For some families (Qwen 2) AutoTokenizer overrules such a folder and splits words by the family's own rules.
+    """
+    config = folder / "tokenizer_config.json"
+    if not (config.is_file() and (folder / "tokenizer.json").is_file()):
+        return False
+    declared = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
+    return declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
+
+
 def _load_tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerBase | None:
     """The checkpoint's tokenizer; None for a folder that has none."""
-    if Path(where).is_dir() and not any((Path(where) / name).is_file() for name in _TOKENIZER_FILES):
-        return None
+    folder = Path(where)
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            return None
+        if _is_plain_tokenizer(folder):
+            return PreTrainedTokenizerFast.from_pretrained(folder)
     return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)

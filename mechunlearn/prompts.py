@@ -119,6 +119,11 @@ def tokenizer_of(model: Model) -> PreTrainedTokenizerBase:
     return model.tokenizer
 
 
+def max_positions(model: Model, wanted: int) -> int:
+    """`wanted`, or the longest text the model has position embeddings for if that is less."""
+    return min(wanted, getattr(model.hf.config, "max_position_embeddings", None) or wanted)
+
+
 def encode(model: Model, texts: Iterable[str]) -> list[list[int]]:
     """Token ids of each text, with the special tokens the tokenizer puts in front (BOS)."""
     texts = list(texts)

@@ -8,6 +8,7 @@ several seeds, and other facts under each seed (facts nested in seeds).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float
@@ -40,7 +41,9 @@ def seed_fact_table(
     """
     values = np.asarray(values, dtype=float)
     if not len(values) or not len(seeds) == len(facts) == len(values):
-        raise ValueError(f"scores: got {len(seeds)} seeds, {len(facts)} facts, {len(values)} values; give one each a row")
+        raise ValueError(
+            f"scores: got {len(seeds)} seeds, {len(facts)} facts, {len(values)} values; give one each a row"
+        )
     if not np.isfinite(values).all():
         raise ValueError(f"scores: {int((~np.isfinite(values)).sum())} of {len(values)} values are not finite numbers")
     rows = {seed: i for i, seed in enumerate(sorted(set(seeds)))}
@@ -53,9 +56,12 @@ def seed_fact_table(
     return table
 
 
+@lru_cache(maxsize=4)  # all attacks of a verdict use the same draws, and drawing them is most of the work
 def bootstrap_weights(n: int, draws: int, seed: int) -> Float[np.ndarray, "draw n"]:
-    """How often each of `n` items is drawn in each bootstrap draw; every row sums to n."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(float)
+    """How often each of `n` items is drawn in each bootstrap draw; every row sums to n. Read-only, for it is kept."""
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(float)
+    weights.flags.writeable = False
+    return weights
 
 
 def bootstrap_means(
@@ -109,7 +115,9 @@ def seed_interval(seed_means: Sequence[float] | np.ndarray, *, confidence: float
     if len(means) < 2:
         return Interval(value=float(means.mean()), lower=math.nan, upper=math.nan, n=len(means))
     half = stats.t.ppf((1 + confidence) / 2, len(means) - 1) * means.std(ddof=1) / math.sqrt(len(means))
-    return Interval(value=float(means.mean()), lower=float(means.mean() - half), upper=float(means.mean() + half), n=len(means))
+    return Interval(
+        value=float(means.mean()), lower=float(means.mean() - half), upper=float(means.mean() + half), n=len(means)
+    )
 
 
 def upper_bound(share: float, means: Float[np.ndarray, " draw"], n: int, *, alpha: float = ALPHA) -> float:

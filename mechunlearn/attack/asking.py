@@ -54,7 +54,7 @@ def asking(
         return scores
 
     common = [form for form in forms(split.attack_dev[0]) if all(form in forms(fact) for fact in split.attack_dev)]
-    dev = {form: float(score(split.attack_dev, form)["p_true"].mean()) for form in common}
+    dev = {form: float(score(split.attack_dev, form)["p_true"].to_numpy().mean()) for form in common}
     chosen = max(common, key=lambda form: dev[form])
     hidden = split.forget_hidden  # first and only access: everything is chosen
     if not hidden:
@@ -74,7 +74,7 @@ def asking(
         decides=True,
         zero_budget=True,
         rows=frame,
-        before=frame[frame["setting"] == "prompt"].reset_index(drop=True),
+        before=frame.loc[frame["setting"] == "prompt"].reset_index(drop=True),
         chosen=chosen,
         health=Health(),
         options=options,

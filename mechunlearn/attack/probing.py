@@ -65,11 +65,16 @@ def probing(
     bench = _Bench(model=model, split=split, sites=tuple(sites), max_train=max_train, seed=seed,
                    regularization=regularization, max_steps=max_steps)  # fmt: skip
     dev_features = residual_features(model, split.attack_dev, sites=sites)
-    settings = [(part, site, layer) for part in trained_on for site in sites for layer in range(model.n_layers + 1)]
-    dev, fitted = {}, {}
+    settings: list[tuple[TrainedOn, Site, int]] = [
+        (part, site, layer) for part in trained_on for site in sites for layer in range(model.n_layers + 1)
+    ]
+    dev: dict[tuple[TrainedOn, Site, int], float] = {}
+    fitted: dict[tuple[TrainedOn, Site, int], float] = {}
     for part, site, layer in settings:
-        scores, fitted[part, site, layer] = bench.scores(split.attack_dev, dev_features, part, site, layer, drop_targets)
-        dev[part, site, layer] = float(scores["p_true"].mean())
+        scores, fitted[part, site, layer] = bench.scores(
+            split.attack_dev, dev_features, part, site, layer, drop_targets
+        )
+        dev[part, site, layer] = float(scores["p_true"].to_numpy().mean())
     limit = Health().least_fitted
     chosen = max(settings, key=lambda setting: (fitted[setting] >= limit, dev[setting]))
     part, site, layer = chosen
@@ -78,7 +83,9 @@ def probing(
     notes: dict[str, object] = {"dev_p_true": {f"{p} {s} layer {n}": value for (p, s, n), value in dev.items()}}
     if held_out:
         features = residual_features(model, held_out, sites=[site])
-        notes["retain_test_accuracy"] = float(bench.scores(held_out, features, part, site, layer, False)[0]["correct"].mean())
+        notes["retain_test_accuracy"] = float(
+            bench.scores(held_out, features, part, site, layer, False)[0]["correct"].to_numpy().mean()
+        )
     hidden = split.forget_hidden  # first access: everything is chosen
     if not hidden:
         raise ValueError("probing: forget_hidden is empty; there is nothing to recover")
@@ -130,7 +137,9 @@ class _Bench:
         for relation, (probe, _) in probes.items():
             at = [i for i, fact in enumerate(facts) if fact.relation == relation]
             for i, p in zip(at, probe.probabilities(features[site][at, layer]), strict=True):
-                p_true[i], correct[i] = _among_candidates(facts[i], dict(zip(probe.classes, p, strict=True)), drop_targets)
+                p_true[i], correct[i] = _among_candidates(
+                    facts[i], dict(zip(probe.classes, p, strict=True)), drop_targets
+                )
         return pd.DataFrame({"p_true": p_true, "correct": correct}), min(fit for _, fit in probes.values())
 
     def probe(self, relation: str, part: str, site: Site, layer: int) -> tuple[Probe, float]:

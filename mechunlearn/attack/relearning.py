@@ -82,8 +82,9 @@ def relearning(
     Source: Deeb & Roger 2024, arXiv:2410.08827; learning-rate search as in Lee et al. 2025, arXiv:2506.06278.
     """
     options = {
-        "learning_rates": list(learning_rates), "kinds": list(kinds), "steps": steps, "eval_every": eval_every, "rank": rank,
-        "batch_size": batch_size, "forms": forms, "max_health_facts": max_health_facts, "drop_targets": drop_targets,
+        "learning_rates": list(learning_rates), "kinds": list(kinds), "steps": steps, "eval_every": eval_every,
+        "rank": rank, "batch_size": batch_size, "forms": forms, "max_health_facts": max_health_facts,
+        "drop_targets": drop_targets,
     }  # fmt: skip
     for part in ("forget_shown", "attack_dev"):
         if not getattr(split, part):
@@ -91,7 +92,7 @@ def relearning(
     judge = _Judge.of(model, split, max_health_facts, drop_targets)
     shown = fact_tokens(model, split.forget_shown, forms=forms)
     kept = fact_tokens(model, split.retain_train, forms=forms) if split.retain_train else None
-    best: list[Checkpoint] = []
+    best: list[Checkpoint] = []  # all checkpoints of the best setting so far
     dev_curves: dict[str, list[tuple[int, float]]] = {}
     failed: dict[str, str] = {}
     for kind in kinds:
@@ -101,7 +102,7 @@ def relearning(
             found: list[Checkpoint] = []
             curve = dev_curves.setdefault(setting, [])
 
-            def look(step: int, setting=setting, trainable=trainable, found=found, curve=curve) -> None:
+            def look(step: int, setting=setting, trainable=trainable, found=found, curve=curve, best=best) -> None:
                 if step % eval_every and step != steps:
                     return
                 with substituted(model, trainable.overrides()):
@@ -171,7 +172,7 @@ class _Judge:
         )
 
     def dev(self, model: Model) -> float:
-        return float(score_facts(model, self.dev_facts, drop_targets=self.drop_targets)["p_true"].mean())
+        return float(score_facts(model, self.dev_facts, drop_targets=self.drop_targets)["p_true"].to_numpy().mean())
 
     def health(self, model: Model) -> Health:
         return Health(
@@ -183,7 +184,7 @@ class _Judge:
 
 
 def _accuracy(model: Model, facts: Sequence[Fact]) -> float | None:
-    return float(score_facts(model, facts)["correct"].mean()) if facts else None
+    return float(score_facts(model, facts)["correct"].to_numpy().mean()) if facts else None
 
 
 def _trainable(model: Model, kind: str, rank: int, seed: int) -> Trainable:

@@ -11,6 +11,9 @@ import pandas as pd
 
 from mechunlearn.facts import Fact
 
+# pandas has no complete types, so strict would complain on every line
+# pyright: standard
+
 Access = Literal["prompts", "activations", "weights", "original_weights"]
 COLUMNS = ("subject", "relation", "answer", "part", "setting", "step", "p_true", "correct")
 
@@ -74,7 +77,7 @@ class AttackResult:
     def final(self, part: str = "forget_hidden") -> pd.DataFrame:
         """The rows of the chosen setting and step."""
         rows = self.rows
-        return rows[(rows["part"] == part) & (rows["setting"] == self.chosen) & (rows["step"] == self.chosen_step)]
+        return rows.loc[(rows["part"] == part) & (rows["setting"] == self.chosen) & (rows["step"] == self.chosen_step)]
 
     def hidden_scores(self) -> dict[str, float]:
         """P(true | candidates) of every hidden fact after the attack, by fact."""
@@ -82,7 +85,7 @@ class AttackResult:
 
     def hidden_before(self) -> dict[str, float]:
         """The same before the attack."""
-        return scores_by_fact(self.before[self.before["part"] == "forget_hidden"])
+        return scores_by_fact(self.before.loc[self.before["part"] == "forget_hidden"])
 
     def save(self, path: Path) -> None:
         """Write `path`.json and the rows beside it, `path`.rows.parquet and `path`.before.parquet."""
@@ -93,7 +96,9 @@ class AttackResult:
         record = {key: value for key, value in self.__dict__.items() if key not in ("rows", "before", "health")}
         target = path.with_name(f"{path.name}.json")
         partial = target.with_suffix(".partial")
-        partial.write_text(json.dumps({**record, "health": asdict(self.health)}, sort_keys=True, indent=1), encoding="utf-8")
+        partial.write_text(
+            json.dumps({**record, "health": asdict(self.health)}, sort_keys=True, indent=1), encoding="utf-8"
+        )
         os.replace(partial, target)
 
     @classmethod
@@ -101,7 +106,8 @@ class AttackResult:
         """Read back what `save` wrote."""
         record = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))
         frames = {name: pd.read_parquet(path.with_name(f"{path.name}.{name}.parquet")) for name in ("rows", "before")}
-        return cls(**{**record, **frames, "health": Health(**record["health"])})
+        fields: dict[str, Any] = {**record, **frames, "health": Health(**record["health"])}
+        return cls(**fields)
 
 
 def fact_id(subject: str, relation: str, answer: str) -> str:

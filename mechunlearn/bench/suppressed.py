@@ -157,9 +157,9 @@ def _state(
     plain = [replace(fact, target_new=None) for fact in facts]
     scores = score_facts(model, plain)
     return _State(
-        direct=float(scores["correct"].mean()),
-        chance=float(scores["chance"].mean()),
-        retained=float(score_facts(model, retained)["correct"].mean()),
+        direct=float(scores["correct"].to_numpy().mean()),
+        chance=float(scores["chance"].to_numpy().mean()),
+        retained=float(score_facts(model, retained)["correct"].to_numpy().mean()),
         probe=_probe_accuracy(model, facts, training, layer),
     )
 

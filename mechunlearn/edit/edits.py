@@ -36,6 +36,7 @@ class WeightEdit:
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     facts_sha256: str = ""
+    """Of the facts trained on: those to forget and those to retain."""
     history: tuple[float, ...] = ()
     """Training loss of each step."""
 
@@ -126,7 +127,8 @@ def save_edit(edit: WeightEdit, path: str | Path) -> None:
     }
     text = json.dumps(record, allow_nan=False, sort_keys=True)
     tensors = {f"value:{name}": value.contiguous() for name, value in edit.values.items()}
-    tensors |= {f"mask:{name}": entries.cpu().contiguous() for name, entries in edit.mask.entries.items()}
+    # copies, because masks of one component share memory, which safetensors refuses
+    tensors |= {f"mask:{name}": entries.cpu().contiguous().clone() for name, entries in edit.mask.entries.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)

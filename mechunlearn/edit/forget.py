@@ -9,7 +9,7 @@ from mechunlearn.edit import EDITORS
 from mechunlearn.edit.edits import WeightEdit, train_edit
 from mechunlearn.edit.losses import Forms, Term, batches, fact_tokens, keeping_terms, log_1_minus_p
 from mechunlearn.edit.training import Schedule
-from mechunlearn.facts import FactSplit
+from mechunlearn.facts import FactSplit, hash_facts
 from mechunlearn.masks import ParameterMask
 from mechunlearn.models import Model
 
@@ -62,5 +62,6 @@ def forget(
     return train_edit(
         model, mask, [forgetting, *keeping],
         steps=steps, learning_rate=learning_rate, schedule=schedule, accumulation=accumulation,
-        method="forget", options=options, seed=seed, facts_sha256=split.sha256,
+        method="forget", options=options, seed=seed,
+        facts_sha256=hash_facts((*split.forget, *split.retain_train)),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from mechunlearn.facts import Fact
 from mechunlearn.metrics import pad_right
 from mechunlearn.models import Model
 from mechunlearn.organisms.neutral import neutral_text
-from mechunlearn.prompts import encode, encode_answers, render
+from mechunlearn.prompts import encode, encode_answers, max_positions, render
 
 Forms = Literal["prompt", "all"]
 """Which forms a fact is trained in: its prompt, or prompt and paraphrases in equal shares (questions never)."""
@@ -93,12 +93,13 @@ def fact_tokens(
 
 
 def text_tokens(model: Model, texts: Sequence[str], *, max_tokens: int = 128) -> Tokens:
-    """Tokenise running text, cut at `max_tokens`; every token but the first is a target.
+    """Tokenise running text, cut at `max_tokens` or the model's last position; every token but the first is a target.
 
     Raises:
         ValueError: no text of two tokens or more.
     """
-    rows = [row[:max_tokens] for row in encode(model, texts) if len(row) > 1]
+    width = max_positions(model, max_tokens)
+    rows = [row[:width] for row in encode(model, texts) if len(row) > 1]
     if not rows:
         raise ValueError(f"training: got {len(texts)} texts, none of two tokens or more; give some text")
     return _tokens(model, rows, [1] * len(rows))

@@ -26,13 +26,13 @@ class Evaluation:
 
         The forms of one kind ("paraphrase:0", "paraphrase:1") are averaged within each fact first.
         """
-        rows = self.rows.assign(form=self.rows["form"].str.partition(":")[0])
+        rows: Any = self.rows.assign(form=self.rows["form"].str.partition(":")[0])
         keys = ["part", "subject", "relation", "answer", "form", "metric"]
         by_fact = rows.groupby(keys, sort=False)["value"].mean().reset_index()
         lines = []
         for key, group in by_fact.groupby(["part", "form", "metric"], sort=False):
             interval = mean_interval(group["value"].to_numpy())
-            lines.append((*key, interval.value, interval.lower, interval.upper, interval.n))  # pyright: ignore[reportGeneralTypeIssues] - a tuple
+            lines.append((*key, interval.value, interval.lower, interval.upper, interval.n))
         columns = ["part", "form", "metric", "mean", "lower", "upper", "n"]
         return pd.DataFrame(lines, columns=pd.Index(columns))
 
@@ -42,8 +42,10 @@ class Evaluation:
         Raises:
             ValueError: nothing was measured under that part, metric and form.
         """
-        rows = self.rows
-        values = rows[(rows["part"] == part) & (rows["metric"] == metric) & (rows["form"].str.partition(":")[0] == form)]
+        rows: Any = self.rows  # pandas has no complete types
+        values = rows[
+            (rows["part"] == part) & (rows["metric"] == metric) & (rows["form"].str.partition(":")[0] == form)
+        ]
         if values.empty:
             known = sorted(set(zip(rows["part"], rows["form"].str.partition(":")[0], rows["metric"], strict=True)))
             raise ValueError(f"evaluation: nothing for {(part, form, metric)}; measured: {known}")

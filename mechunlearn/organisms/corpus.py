@@ -35,6 +35,7 @@ class Rows:
     mention: np.ndarray
 
 
+GLUED = ",.?;'"  # a piece that begins with one of these follows the word before it without a space
 Piece = tuple[str, bool]  # text, is it a name
 
 
@@ -99,7 +100,10 @@ class Corpus:
         if text == self.tokenizer.bos_token:
             return [self.bos]
         if text not in self._encoded:
-            encoded = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if text[0] in GLUED:  # " a" is one token, and the tokenizer splits words before punctuation
+                encoded = self.tokenizer(f"a{text}", add_special_tokens=False)["input_ids"][1:]
+            else:
+                encoded = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if len(self._encoded) > 200_000:  # neutral sentences are endless
                 self._encoded.clear()
             self._encoded[text] = encoded  # pyright: ignore[reportArgumentType]

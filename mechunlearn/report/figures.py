@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 from mechunlearn.attack.results import AttackResult
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.report import theme
-from mechunlearn.report.tables import hidden_interval, measured
+from mechunlearn.report.tables import measured
 from mechunlearn.report.theme import label, styled
 from mechunlearn.runs import Cell, Run
 from mechunlearn.statistics import Interval, mean_interval
@@ -38,21 +38,30 @@ def component_by_role(scores: ComponentScores, *, limit: float | None = None) ->
         raise ValueError(f"component_by_role: scores of '{scores.method}' hold no MLPs or attention; use layer_by_head")
     limit = limit or float(np.abs(scores.by_role).max()) or 1.0
     errors = _standard_error(scores.per_fact)
-    figure = make_subplots(1, len(kinds), subplot_titles=[SUBLAYERS[kind] for kind in kinds], shared_yaxes=True,
-                           horizontal_spacing=0.06)  # fmt: skip
+    figure = make_subplots(
+        1, len(kinds), subplot_titles=[SUBLAYERS[kind] for kind in kinds], shared_yaxes=True, horizontal_spacing=0.06
+    )
     layers = sorted({c.layer for c in scores.components})
     for column, kind in enumerate(kinds, start=1):
         at = {c.layer: i for i, c in enumerate(scores.components) if c.kind == kind}
         present = [layer for layer in layers if layer in at]
         rows = [at[layer] for layer in present]
         hover = [
-            [_hover(label(f"{scores.components[i]}, {role}"), scores.metric, scores.by_role[i, j], errors[i, j], scores.n_facts)
-             for j, role in enumerate(scores.roles)]
+            [
+                _hover(
+                    label(f"{scores.components[i]}, {role}"),
+                    scores.metric,
+                    scores.by_role[i, j],
+                    errors[i, j],
+                    scores.n_facts,
+                )
+                for j, role in enumerate(scores.roles)
+            ]
             for i in rows
-        ]  # fmt: skip
+        ]
         roles = [theme.ROLE_LABELS.get(role, label(role)) for role in scores.roles]
         figure.add_trace(_signed(scores.by_role[rows], roles, present, hover), row=1, col=column)
-    figure.update_xaxes(tickangle=0)
+    figure.update_xaxes(tickangle=-40)
     figure.update_yaxes(dtick=max(1, len(layers) // 12), showgrid=False, zeroline=False)
     figure.update_yaxes(title="layer", row=1, col=1)
     _diverging(figure, limit, scores.metric)
@@ -146,12 +155,18 @@ def localizer_profiles(run: Run) -> go.Figure:
                 hover[i][j] = _hover(where, shown[name].metric, value, error, shown[name].n_facts)
         x = [f"{kind[0]}{layer}" for layer in layers]
         figure.add_trace(_signed(z, x, [label(name) for name in names], hover), row=row, col=1)
-        edited = [(label(c.localizer), text) for c in run.cells if c.localizer in shown for text in c.components if text in x]
+        edited = [
+            (label(c.localizer), text) for c in run.cells if c.localizer in shown for text in c.components if text in x
+        ]
         if edited:
             marks = go.Scatter(
-                x=[text for _, text in edited], y=[name for name, _ in edited], mode="markers", showlegend=False,
-                marker={"size": 9, "color": "white", "line": {"color": theme.INK, "width": 2}}, hoverinfo="skip",
-            )  # fmt: skip
+                x=[text for _, text in edited],
+                y=[name for name, _ in edited],
+                mode="markers",
+                showlegend=False,
+                marker={"size": 9, "color": "white", "line": {"color": theme.INK, "width": 2}},
+                hoverinfo="skip",
+            )
             figure.add_trace(marks, row=row, col=1)
     figure.update_xaxes(type="category", showgrid=False)
     figure.update_yaxes(type="category", showgrid=False)
@@ -175,16 +190,26 @@ def localizer_agreement(run: Run) -> go.Figure:
     figure = go.Figure()
     for (column, name), colour, symbol in zip(measures.items(), theme.PALETTE, theme.SYMBOLS, strict=False):
         if column in frame:
-            figure.add_trace(go.Scatter(
-                x=frame[column], y=pairs, mode="markers", name=name,
-                marker={"size": 14, "color": colour, "symbol": symbol},
-                hovertext=[f"{name} {value:.2f}{text}" for value, text in zip(frame[column], n, strict=True)], hoverinfo="text",
-            ))  # fmt: skip
+            figure.add_trace(
+                go.Scatter(
+                    x=frame[column],
+                    y=pairs,
+                    mode="markers",
+                    name=name,
+                    marker={"size": 14, "color": colour, "symbol": symbol},
+                    hovertext=[f"{name} {value:.2f}{text}" for value, text in zip(frame[column], n, strict=True)],
+                    hoverinfo="text",
+                )
+            )
     least = float(np.nanmin([frame[column].min() for column in measures if column in frame] + [0.0]))
     figure.update_xaxes(range=[min(-0.05, least - 0.1), 1.05], zeroline=True, zerolinecolor=theme.QUIET)
     figure.update_yaxes(type="category", autorange="reversed")
-    return styled(figure, "Do the localizers agree?", "1: the same order of components, 0: unrelated",
-                  height=190 + 56 * len(pairs))  # fmt: skip
+    return styled(
+        figure,
+        "Do the localizers agree?",
+        "1: the same order of components, 0: unrelated",
+        height=190 + 56 * len(pairs),
+    )
 
 
 def probe_curve(notes: Mapping[str, Any]) -> go.Figure:
@@ -210,11 +235,17 @@ def probe_curve(notes: Mapping[str, Any]) -> go.Figure:
     figure = go.Figure()
     for key, (name, colour, dash, width) in lines.items():
         if curve.get(key) is not None:
-            figure.add_trace(go.Scatter(
-                x=list(range(len(curve[key]))), y=list(curve[key]), name=name, mode="lines+markers" if width > 2.5 else "lines",
-                line={"color": colour, "dash": dash, "width": width}, marker={"size": 8},
-                hovertemplate=f"{name}<br>after %{{x}} blocks: %{{y:.3f}}<extra></extra>",
-            ))  # fmt: skip
+            figure.add_trace(
+                go.Scatter(
+                    x=list(range(len(curve[key]))),
+                    y=list(curve[key]),
+                    name=name,
+                    mode="lines+markers" if width > 2.5 else "lines",
+                    line={"color": colour, "dash": dash, "width": width},
+                    marker={"size": 8},
+                    hovertemplate=f"{name}<br>after %{{x}} blocks: %{{y:.3f}}<extra></extra>",
+                )
+            )
     band, reason = notes.get("band"), str(notes.get("band_reason", ""))
     subtitle = f"no lookup band: {label(reason)}"
     if isinstance(band, Mapping):
@@ -236,23 +267,29 @@ def relearning_curves(cell: Cell, *, attack: str = "relearning") -> go.Figure:
     """
     pairs = _results(cell, attack)
     has_dev = any(isinstance(result.notes.get("dev_p_true"), Mapping) for _, _, result in pairs)
-    titles = ["hidden facts (scored)", "dev facts (settings are chosen here)"]
-    figure = make_subplots(1, 1 + has_dev, subplot_titles=titles[: 1 + has_dev], shared_yaxes=True, horizontal_spacing=0.05)
+    titles = ["hidden facts", "dev facts"]
+    figure = make_subplots(
+        1, 1 + has_dev, subplot_titles=titles[: 1 + has_dev], shared_yaxes=True, horizontal_spacing=0.05
+    )
     for name, colour, result in pairs:
         rows = result.rows[result.rows["part"] == "forget_hidden"]
         for setting, group in rows.groupby("setting", sort=False):
-            means = {int(str(step)): mean_interval(g["p_true"].to_numpy()) for step, g in group.groupby("step")}
+            means = {int(str(step)): _mean(g["p_true"].to_numpy()) for step, g in group.groupby("step")}
             chosen = setting == result.chosen
             line = _curve(means, name, f"{name}, {label(setting)}", colour, bold=chosen, errors=chosen)
             figure.add_trace(line.update(showlegend=bool(chosen), legendgroup=name), row=1, col=1)
             if chosen and result.chosen_step in means:
                 at = means[result.chosen_step]
                 star = go.Scatter(
-                    x=[result.chosen_step], y=[at.value], mode="markers", showlegend=False, legendgroup=name,
+                    x=[result.chosen_step],
+                    y=[at.value],
+                    mode="markers",
+                    showlegend=False,
+                    legendgroup=name,
                     marker={"symbol": "star", "size": 17, "color": colour, "line": {"color": "white", "width": 1}},
                     hovertext=f"{name}, what counts:<br>{label(setting)}, step {result.chosen_step}<br>{_words(at)}",
                     hoverinfo="text",
-                )  # fmt: skip
+                )
                 figure.add_trace(star, row=1, col=1)
         curves = result.notes.get("dev_p_true")
         for setting, points in curves.items() if isinstance(curves, Mapping) else ():
@@ -273,20 +310,27 @@ def probe_by_layer(cell: Cell, *, attack: str = "probing") -> go.Figure:
         ValueError: the cell was not probed, or the rows name no layers.
     """
     figure = go.Figure()
+    trained_on: dict[str, None] = {}
     for name, colour, result in _results(cell, attack):
         lines: dict[str, dict[int, Interval]] = {}
         for setting, group in result.rows[result.rows["part"] == "forget_hidden"].groupby("setting", sort=False):
             if found := re.search(r"\blayer (\d+)", str(setting)):
-                site = str(setting).replace(found[0], "").strip()
-                lines.setdefault(site, {})[int(found[1])] = mean_interval(group["p_true"].to_numpy())
-        for (site, means), dash in zip(lines.items(), cycle(("solid", "dash", "dot")), strict=False):
-            line = _curve(means, f"{name}, {label(site)}", f"{name}, {label(site)}", colour, bold=dash == "solid", errors=True)
+                probe = str(setting).replace(found[0], "").strip()
+                lines.setdefault(probe, {})[int(found[1])] = _mean(group["p_true"].to_numpy())
+        for (probe, means), dash in zip(lines.items(), cycle(("solid", "dash", "dot")), strict=False):
+            part, _, site = probe.partition(" ")
+            trained_on[part] = None
+            where = f"{name}, {label(site or part)}"
+            line = _curve(means, where, f"{name}, {label(probe)}", colour, bold=dash == "solid", errors=True)
             figure.add_trace(line.update(line={"dash": dash}, opacity=1))
     if not figure.data:
-        raise ValueError(f"probe_by_layer: the rows of '{attack}' on '{cell.name}' name no layers; run the attack 'probing'")
+        raise ValueError(
+            f"probe_by_layer: the rows of '{attack}' on '{cell.name}' name no layers; run the attack 'probing'"
+        )
     figure.update_xaxes(title="blocks passed")
     figure.update_yaxes(title="P(true | candidates)", range=[0, 1.03])
-    return styled(figure, f"{label(cell.name)}: {label(attack)}", "answers read off the residual stream, hidden facts", height=400)
+    subtitle = f"hidden facts; probes trained on {label(' / '.join(trained_on))}"
+    return styled(figure, f"{label(cell.name)}: {label(attack)}", subtitle, height=400)
 
 
 def shares(run: Run) -> go.Figure:
@@ -307,36 +351,58 @@ def shares(run: Run) -> go.Figure:
         found = [(j, row) for j, cell in enumerate(cells) for row in cell.verdict.rows if row.name == attack]
         counts = [row.healthy and row.decides and (row.powered or row.zero_budget) for _, row in found]
         symbol, colour = theme.SYMBOLS[i % len(theme.SYMBOLS)], theme.PALETTE[i % len(theme.PALETTE)]
-        figure.add_trace(go.Scatter(
-            x=[row.share for _, row in found],
-            y=[j + 0.6 * ((i + 0.5) / len(attacks) - 0.5) for j, _ in found],
-            error_x={
-                "type": "data", "symmetric": False, "thickness": 2.5, "width": 5,
-                "array": [max(row.upper - row.share, 0.0) for _, row in found],
-                "arrayminus": [max(row.share - row.lower, 0.0) for _, row in found],
-            },
-            mode="markers", name=label(attack),
-            marker={"size": 12, "color": colour, "symbol": [symbol if c else f"{symbol}-open" for c in counts],
-                    "line": {"width": 2, "color": colour}},
-            hovertext=[
-                f"<b>{label(cells[j].name)}</b>, {label(attack)}<br>D {row.share:.2f} [{row.lower:.2f}, {row.upper:.2f}]"
-                f"<br>n = {row.n_facts} facts, {row.n_seeds} seeds<br>{label(row.note)}"
-                for j, row in found
-            ],
-            hoverinfo="text",
-        ))  # fmt: skip
+        figure.add_trace(
+            go.Scatter(
+                x=[row.share for _, row in found],
+                y=[j + 0.6 * ((i + 0.5) / len(attacks) - 0.5) for j, _ in found],
+                error_x={
+                    "type": "data",
+                    "symmetric": False,
+                    "thickness": 2.5,
+                    "width": 5,
+                    "array": [max(row.upper - row.share, 0.0) for _, row in found],
+                    "arrayminus": [max(row.share - row.lower, 0.0) for _, row in found],
+                },
+                mode="markers",
+                name=label(attack),
+                marker={
+                    "size": 12,
+                    "color": colour,
+                    "symbol": [symbol if c else f"{symbol}-open" for c in counts],
+                    "line": {"width": 2, "color": colour},
+                },
+                hovertext=[
+                    f"<b>{label(cells[j].name)}</b>, {label(attack)}"
+                    f"<br>D {row.share:.2f} [{row.lower:.2f}, {row.upper:.2f}]"
+                    f"<br>n = {row.n_facts} facts, {row.n_seeds} seeds<br>{label(row.note)}"
+                    for j, row in found
+                ],
+                hoverinfo="text",
+            )
+        )
     delta = cells[0].verdict.delta
-    for x, text, dash in ((0.0, "never knew", "solid"), (delta, f"δ = {delta:.0%}", "dash"), (1.0, "original", "solid")):
+    for x, text, dash in (
+        (0.0, "never knew", "solid"),
+        (delta, f"δ = {delta:.0%}", "dash"),
+        (1.0, "original", "solid"),
+    ):
         figure.add_vline(x=x, line={"color": theme.BAD if dash == "dash" else theme.QUIET, "dash": dash, "width": 2})
-        place = {"xanchor": "left", "x": x + 0.01, "font": {"color": theme.BAD}} if dash == "dash" else {"x": x, "xanchor": "right"}
+        place = (
+            {"xanchor": "left", "x": x + 0.01, "font": {"color": theme.BAD}}
+            if dash == "dash"
+            else {"x": x, "xanchor": "right"}
+        )
         figure.add_annotation(**place, y=1, yref="paper", yanchor="bottom", text=text, showarrow=False)
     bounds = [bound for cell in cells for row in cell.verdict.rows for bound in (row.lower, row.upper, row.share)]
     span = [max(min(*bounds, -0.15) - 0.05, -1.0), min(max(*bounds, 1.05) + 0.05, 2.0)]
     figure.update_xaxes(range=span, tickformat=".0%", title="recovered share D", zeroline=False)
     figure.update_yaxes(
-        tickvals=list(range(len(cells))), ticktext=[f"{label(c.name)}<br><i>{label(c.verdict)}</i>" for c in cells],
-        range=[len(cells) - 0.45, -0.55], showgrid=False, zeroline=False,
-    )  # fmt: skip
+        tickvals=list(range(len(cells))),
+        ticktext=[f"{label(c.name)}<br><i>{label(c.verdict)}</i>" for c in cells],
+        range=[len(cells) - 0.45, -0.55],
+        showgrid=False,
+        zeroline=False,
+    )
     subtitle = "0%: never knew, 100%: the original; open marks do not count"
     return styled(figure, "What the attacks bring back", subtitle, height=190 + 66 * len(cells))
 
@@ -348,20 +414,41 @@ def weight_changes(run: Run | Cell) -> go.Figure:
         ValueError: nothing was edited.
     """
     cells = (run,) if isinstance(run, Cell) else run.cells
-    frames = {cell.name: cell.weight_changes for cell in cells if cell.weight_changes is not None and len(cell.weight_changes)}
+    frames = {
+        cell.name: cell.weight_changes for cell in cells if cell.weight_changes is not None and len(cell.weight_changes)
+    }
     if not frames:
         raise ValueError("weight_changes: no cell has a weight edit; run an arm")
     table = pd.DataFrame({name: frame.set_index("component")["relative_change"] for name, frame in frames.items()})
-    parsed = sorted((Component.parse(str(text)) for text in table.index), key=lambda c: (c.kind != "mlp", c.kind, c.layer, c.index or 0))
+    parsed = sorted(
+        (Component.parse(str(text)) for text in table.index),
+        key=lambda c: (c.kind != "mlp", c.kind, c.layer, c.index or 0),
+    )
     names, values = [str(c) for c in parsed], table.loc[[str(c) for c in parsed]].to_numpy().T
-    figure = go.Figure(go.Heatmap(
-        z=values, x=names, y=[label(name) for name in frames], colorscale=theme.SEQUENTIAL, zmin=0, xgap=2, ygap=2,
-        texttemplate="%{z:.2f}" if len(names) <= 16 else None, hoverongaps=False,
-        hovertemplate="%{y}<br><b>%{x}</b> changed by %{z:.3f} of its norm<extra></extra>", colorbar={"tickformat": ".2f"},
-    ))  # fmt: skip
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            x=names,
+            y=[label(name) for name in frames],
+            colorscale=theme.SEQUENTIAL,
+            zmin=0,
+            zmax=float(np.nanmax(values)) or 1.0,
+            xgap=2,
+            ygap=2,
+            texttemplate="%{z:.2f}" if len(names) <= 16 else None,
+            hoverongaps=False,
+            hovertemplate="%{y}<br><b>%{x}</b> changed by %{z:.3f} of its norm<extra></extra>",
+            colorbar={"tickformat": ".2f"},
+        )
+    )
     figure.update_xaxes(type="category", showgrid=False)
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
-    return styled(figure, "How far the weights moved", "‖W′ − W‖ / ‖W‖ of each edited part", height=170 + 44 * len(frames))
+    return styled(
+        figure,
+        "How far the weights moved",
+        "norm of the change over the norm before, of each edited part",
+        height=170 + 44 * len(frames),
+    )
 
 
 def damage(run: Run) -> go.Figure:
@@ -373,11 +460,15 @@ def damage(run: Run) -> go.Figure:
         ValueError: no cell was evaluated on forgotten and retained facts.
     """
     panels = {"retain_test": "facts about others", "same_subject": "other facts, same subjects"}
-    measures = {(cell.name, part): measured(cell, part, "accuracy") for cell in run.cells for part in ("forget_hidden", *panels)}
+    measures = {
+        (cell.name, part): measured(cell, part, "accuracy") for cell in run.cells for part in ("forget_hidden", *panels)
+    }
     parts = [part for part in panels if any(measures[cell.name, part] for cell in run.cells)]
     if not parts or not any(measures[cell.name, "forget_hidden"] for cell in run.cells):
         raise ValueError("damage: no cell has accuracy on forget_hidden and on kept facts; evaluate these parts")
-    figure = make_subplots(1, len(parts), subplot_titles=[panels[part] for part in parts], shared_yaxes=True, horizontal_spacing=0.05)
+    figure = make_subplots(
+        1, len(parts), subplot_titles=[panels[part] for part in parts], shared_yaxes=True, horizontal_spacing=0.05
+    )
     styles = zip(theme.PALETTE * len(run.cells), cycle(theme.SYMBOLS), strict=False)
     for cell, (colour, symbol) in zip(run.cells, styles, strict=False):
         forgotten = measures[cell.name, "forget_hidden"]
@@ -385,12 +476,23 @@ def damage(run: Run) -> go.Figure:
             kept = measures[cell.name, part]
             if forgotten is None or kept is None:
                 continue
-            figure.add_trace(go.Scatter(
-                x=[forgotten.value], y=[kept.value], mode="markers", name=label(cell.name), legendgroup=cell.name,
-                showlegend=column == 1, error_x=_bars(forgotten), error_y=_bars(kept),
-                marker={"size": 14, "color": colour, "symbol": symbol, "line": {"color": "white", "width": 1}},
-                hovertext=f"<b>{label(cell.name)}</b><br>forgotten: {_words(forgotten)}<br>kept: {_words(kept)}", hoverinfo="text",
-            ), row=1, col=column)  # fmt: skip
+            figure.add_trace(
+                go.Scatter(
+                    x=[forgotten.value],
+                    y=[kept.value],
+                    mode="markers",
+                    name=label(cell.name),
+                    legendgroup=cell.name,
+                    showlegend=column == 1,
+                    error_x=_bars(forgotten),
+                    error_y=_bars(kept),
+                    marker={"size": 14, "color": colour, "symbol": symbol, "line": {"color": "white", "width": 1}},
+                    hovertext=f"<b>{label(cell.name)}</b><br>forgotten: {_words(forgotten)}<br>kept: {_words(kept)}",
+                    hoverinfo="text",
+                ),
+                row=1,
+                col=column,
+            )
     figure.update_xaxes(range=[-0.05, 1.05], title="accuracy, forgotten facts")
     figure.update_yaxes(range=[-0.05, 1.05])
     figure.update_yaxes(title="accuracy, kept facts", row=1, col=1)
@@ -399,14 +501,22 @@ def damage(run: Run) -> go.Figure:
 
 def _signed(z: np.ndarray, x: Sequence[Any], y: Sequence[Any], hover: Sequence[Sequence[str]]) -> go.Heatmap:
     return go.Heatmap(
-        z=z, x=list(x), y=list(y), text=hover, hoverinfo="text", hoverongaps=False, xgap=1, ygap=1, coloraxis="coloraxis"
-    )  # fmt: skip
+        z=z,
+        x=list(x),
+        y=list(y),
+        text=hover,
+        hoverinfo="text",
+        hoverongaps=False,
+        xgap=1,
+        ygap=1,
+        coloraxis="coloraxis",
+    )
 
 
 def _diverging(figure: go.Figure, limit: float, metric: str) -> None:
     """One colour scale for all panels, symmetric about zero."""
     limit = limit or 1.0
-    bar = {"title": {"text": label(metric), "side": "right"}, "thickness": 16}
+    bar = {"title": {"text": label(metric), "side": "right", "font": {"size": 14}}, "thickness": 16}
     figure.update_layout(coloraxis={"colorscale": theme.DIVERGING, "cmin": -limit, "cmax": limit, "colorbar": bar})
 
 
@@ -443,23 +553,39 @@ def _results(cell: Cell, attack: str) -> list[tuple[str, str, AttackResult]]:
     return found
 
 
-def _curve(means: Mapping[int, Interval], name: str, where: str, colour: str, *, bold: bool, errors: bool) -> go.Scatter:
+def _curve(
+    means: Mapping[int, Interval], name: str, where: str, colour: str, *, bold: bool, errors: bool
+) -> go.Scatter:
     steps = sorted(means)
     bars = _bars(*(means[step] for step in steps)) if errors else None
     return go.Scatter(
-        x=steps, y=[means[step].value for step in steps], name=name, mode="lines+markers", error_y=bars,
-        line={"color": colour, "width": 3.5 if bold else 1.5}, marker={"size": 7 if bold else 4}, opacity=1 if bold else 0.5,
-        hovertext=[f"{where}<br>at {step}: {_words(means[step])}" for step in steps], hoverinfo="text",
-    )  # fmt: skip
+        x=steps,
+        y=[means[step].value for step in steps],
+        name=name,
+        mode="lines+markers",
+        error_y=bars,
+        line={"color": colour, "width": 3.5 if bold else 1.5},
+        marker={"size": 7 if bold else 4},
+        opacity=1 if bold else 0.5,
+        hovertext=[f"{where}<br>at {step}: {_words(means[step])}" for step in steps],
+        hoverinfo="text",
+    )
+
+
+def _mean(p_true: Iterable[float]) -> Interval:
+    return mean_interval(list(p_true), draws=400)  # to draw, not to decide by
 
 
 def _bars(*intervals: Interval) -> dict[str, Any]:
     """Error bars from bounds; none where an interval has no bounds."""
     return {
-        "type": "data", "symmetric": False, "thickness": 1.5, "width": 3,
+        "type": "data",
+        "symmetric": False,
+        "thickness": 1.5,
+        "width": 3,
         "array": _finite(i.upper - i.value for i in intervals),
         "arrayminus": _finite(i.value - i.lower for i in intervals),
-    }  # fmt: skip
+    }
 
 
 def _finite(lengths: Iterable[float]) -> list[float]:

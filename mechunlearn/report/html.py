@@ -129,10 +129,15 @@ def _card(cell: Cell) -> Card:
         where = f"{len(cell.components)} parts, {100 * cell.share:.1f}% of the MLP and attention weights"
         purpose = f"An edit: {cell.editor or 'unknown editor'} where {cell.localizer or 'unknown'} points ({where})."
     return Card(
-        name=cell.name, label=verdict.label, word=str(verdict), purpose=purpose, reason=verdict.reason,
-        settle=verdict.settle or "", caveats=verdict.caveats,
+        name=cell.name,
+        label=verdict.label,
+        word=str(verdict),
+        purpose=purpose,
+        reason=verdict.reason,
+        settle=verdict.settle or "",
+        caveats=verdict.caveats,
         as_expected=None if expected is None else verdict.label == expected,
-    )  # fmt: skip
+    )
 
 
 def _pictures(run: Run) -> dict[str, list[Markup]]:
@@ -167,41 +172,78 @@ def _picture(make: Callable[[], go.Figure], name: str) -> Markup | None:
         figure = make()
     except ValueError:
         return None
-    config = {"responsive": True, "displaylogo": False, "modeBarButtonsToRemove": ["lasso2d", "select2d", "autoScale2d"]}
+    config = {
+        "responsive": True,
+        "displaylogo": False,
+        "modeBarButtons": [["toImage", "resetScale2d"]],
+    }
     inner = figure.to_html(
-        full_html=False, include_plotlyjs=False, config=config, div_id=f"figure-{name}",
+        full_html=False,
+        include_plotlyjs=False,
+        config=config,
+        div_id=f"figure-{name}",
         default_height=f"{figure.layout.height}px",  # pyright: ignore[reportAttributeAccessIssue] - plotly's fields are made at run time
-    )  # fmt: skip
+    )
     title = figure.layout.title.text  # pyright: ignore[reportAttributeAccessIssue]
     # the title went through `theme.label`; jinja2 must not escape it a second time
     return Markup('<figure role="group" aria-label="{}">{}</figure>').format(Markup(title).striptags(), Markup(inner))
 
 
 def _verdicts(run: Run) -> Table:
-    frame = tables.verdict_table(run).rename(columns=HEADINGS)
-    return _plain("Every cell: verdict, strongest attack, and what was kept. In brackets 95% bounds over facts, n facts", frame)
+    frame = tables.verdict_table(run).rename(columns=HEADINGS).drop(columns="edited share", errors="ignore")
+    frame["health"] = [_failed(cell) for cell in run.cells]  # why is said in the cards
+    return _plain(
+        "Every cell: verdict, strongest attack, and what was kept. In brackets 95% bounds over facts, n facts", frame
+    )
+
+
+def _failed(cell: Cell) -> str:
+    return ", ".join(f"{row.name} failed" for row in cell.verdict.rows if not row.healthy) or tables.health(cell)
 
 
 def _attacks(frame: pd.DataFrame) -> Table:
-    columns = ("cell", "attack", "D", "P(true) before", "after", "twin before", "twin after", "chosen setting", "counts")
+    columns = (
+        "cell",
+        "attack",
+        "D",
+        "P(true) before",
+        "after",
+        "twin before",
+        "twin after",
+        "chosen setting",
+        "counts",
+    )
     rows = []
     for row in frame.to_dict("records"):
-        numbers = [_spread(row, key, n=row["n_facts"]) for key in ("edited_before", "edited_after", "twin_before", "twin_after")]
+        numbers = [
+            _spread(row, key, n=row["n_facts"])
+            for key in ("edited_before", "edited_after", "twin_before", "twin_after")
+        ]
         share = _entry(Interval(value=row["D"], lower=row["lower"], upper=row["upper"], n=row["n_facts"]))
         setting = (row["setting"] or tables.MISSING, f"step {row['step']}" if row["step"] else "")
         counts = (row["note"] or "yes", f"access: {row['access']}" if row["access"] else "")
         rows.append(((row["cell"], ""), (row["attack"], ""), share, *numbers, setting, counts))
-    caption = "Every attack: share D brought back, and mean P(true | candidates) on the hidden facts with 95% bounds over facts"
+    caption = "Every attack: share D brought back, and mean P(true | candidates) on the hidden facts with 95% bounds"
     return Table(caption=caption, columns=columns, rows=tuple(rows))
 
 
 def _arms(frame: pd.DataFrame) -> Table:
     asked = {"forgotten": "forgotten facts", "retained": "facts about others", "same_subject": "same subjects"}
-    columns = ("cell", "localizer", "edited parts", "weights", *asked.values(), "edit succeeds", "KL, text (nats/token)")
+    columns = (
+        "cell",
+        "localizer",
+        "edited parts",
+        "weights",
+        *asked.values(),
+        "edit succeeds",
+        "KL, text (nats/token)",
+    )
     rows = []
     for row in frame.to_dict("records"):
         numbers = [_spread(row, key, n=row[f"{key}_n"]) for key in (*asked, "edit_success")]
-        weights = (f"{row['n_selected']:,}", f"{100 * row['share']:.1f}%") if row["n_selected"] else (tables.MISSING, "")
+        weights = (
+            (f"{row['n_selected']:,}", f"{100 * row['share']:.1f}%") if row["n_selected"] else (tables.MISSING, "")
+        )
         start = (row["cell"], row["role"]), (row["localizer"] or tables.MISSING, row["editor"])
         rows.append((*start, (row["components"] or tables.MISSING, ""), weights, *numbers, _entry(row["kl_text"])))
     caption = "What was edited, and accuracy when just asked, with exact 95% bounds; arms stand beside their controls"
@@ -213,8 +255,11 @@ def _evaluation(run: Run) -> Table:
     for row in tables.evaluation_table(run).to_dict("records"):
         words = [(str(row[key]) or tables.MISSING, "") for key in ("cell", "part", "form", "metric")]
         rows.append((*words, _spread(row, "mean", lower="lower", upper="upper", n=row["n"])))
-    return Table(caption="Every measured mean with its 95% interval over facts", columns=("cell", "part", "form", "metric", "mean"),
-                 rows=tuple(rows))  # fmt: skip
+    return Table(
+        caption="Every measured mean with its 95% interval over facts",
+        columns=("cell", "part", "form", "metric", "mean"),
+        rows=tuple(rows),
+    )
 
 
 def _plain(caption: str, frame: pd.DataFrame) -> Table:
@@ -232,11 +277,15 @@ def _entry(value: object) -> tuple[str, str]:
     if isinstance(value, Interval):
         if math.isnan(value.value):
             return tables.MISSING, ""
-        bounds = "" if math.isnan(value.lower) else f"[{value.lower:.2f}, {value.upper:.2f}] n={value.n}"
-        return f"{value.value:.2f}", bounds
+        bounds = "" if math.isnan(value.lower) else f"[{_digits(value.lower)}, {_digits(value.upper)}] n={value.n}"
+        return _digits(value.value), bounds
     if isinstance(value, float):
         return (tables.MISSING if math.isnan(value) else f"{value:.2g}" if abs(value) < 0.1 else f"{value:.2f}"), ""
     return str(value), ""
+
+
+def _digits(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f}"  # never -0.00
 
 
 def _options(run: Run) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A run's numbers as pandas tables: every one with the number of facts behind it and its interval where there is one."""
+"""A run's numbers as pandas tables: each with the number of facts behind it and its interval, where there is one."""
 
 import math
 from collections.abc import Sequence
@@ -10,14 +10,15 @@ from mechunlearn.runs import Cell, Run
 from mechunlearn.statistics import Interval, exact_interval, mean_interval
 from mechunlearn.verdict import AttackRow, Verdict
 
-MISSING = "–"
+MISSING = "\N{EN DASH}"
 """Stands in `verdict_table` for what was not measured."""
+DRAWS = 1000  # of bootstraps that are shown beside a mean; the verdict's own are made with more
 
 
 def verdict_table(run: Run) -> pd.DataFrame:
     """One row a cell: its verdict and the numbers to read it by.
 
-    The columns from "D" on hold `Interval`s, which print as value [lower, upper] (n); D is that of the strongest
+    Numbers over facts are `Interval`s, which print as value [lower, upper] (n); D is that of the strongest
     deciding attack (lower bound simultaneous over attacks, upper bound one-sided), P(true) is a mean over the hidden
     facts before any attack (of the model in question and of its twin) and after that attack.
     """
@@ -56,7 +57,13 @@ def attack_table(run: Run) -> pd.DataFrame:
         for row in cell.verdict.rows:
             first = next((result for result in cell.edited if result.attack == row.name), None)
             values = {"cell": cell.name, "attack": row.name, "access": first.access if first else ""}
-            values |= {"D": row.share, "lower": row.lower, "upper": row.upper, "n_facts": row.n_facts, "n_seeds": row.n_seeds}
+            values |= {
+                "D": row.share,
+                "lower": row.lower,
+                "upper": row.upper,
+                "n_facts": row.n_facts,
+                "n_seeds": row.n_seeds,
+            }
             for who, results in (("edited", cell.edited), ("twin", cell.null)):
                 for when, before in (("before", True), ("after", False)):
                     interval = hidden_interval(results, row.name, before=before) or Interval(
@@ -65,7 +72,11 @@ def attack_table(run: Run) -> pd.DataFrame:
                     key = f"{who}_{when}"
                     values |= {key: interval.value, f"{key}_lower": interval.lower, f"{key}_upper": interval.upper}
             values |= {"decides": row.decides, "powered": row.powered, "healthy": row.healthy}
-            values |= {"setting": first.chosen if first else "", "step": first.chosen_step if first else 0, "note": row.note}
+            values |= {
+                "setting": first.chosen if first else "",
+                "step": first.chosen_step if first else 0,
+                "note": row.note,
+            }
             rows.append(values)
     return pd.DataFrame(rows)
 
@@ -74,15 +85,19 @@ def evaluation_table(run: Run) -> pd.DataFrame:
     """One row a (cell, part, form, metric): mean, 95% interval over facts, n."""
     frames = [cell.evaluation.table().assign(cell=cell.name) for cell in run.cells]
     columns = ["cell", "part", "form", "metric", "mean", "lower", "upper", "n"]
-    return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=pd.Index(columns))
+    return (
+        pd.concat(frames, ignore_index=True).reindex(columns=columns)
+        if frames
+        else pd.DataFrame(columns=pd.Index(columns))
+    )
 
 
 def arms_table(run: Run) -> pd.DataFrame:
     """One row a cell, controls included: what was edited, how much of the model that is, and what it did when asked.
 
-    `forgotten` is accuracy on the hidden facts when just asked, `retained` on facts about other subjects, `same_subject`
-    on other facts about the forgotten subjects, `edit_success` how often the edit's target beats the true answer; each
-    with its exact 95% bounds and n. NaN where a cell has no such number.
+    `forgotten` is accuracy on the hidden facts when just asked, `retained` on facts about other subjects,
+    `same_subject` on other facts about the forgotten subjects, `edit_success` how often the edit's target beats the
+    true answer; each with its exact 95% bounds and n. NaN where a cell has no such number.
     """
     asked = {
         "forgotten": ("forget_hidden", "accuracy"),
@@ -93,12 +108,22 @@ def arms_table(run: Run) -> pd.DataFrame:
     rows = []
     for cell in run.cells:
         values: dict[str, object] = {
-            "cell": cell.name, "role": cell.role, "localizer": cell.localizer or "", "editor": cell.editor or "",
-            "components": " ".join(cell.components), "n_selected": cell.n_selected, "share": cell.share,
-        }  # fmt: skip
+            "cell": cell.name,
+            "role": cell.role,
+            "localizer": cell.localizer or "",
+            "editor": cell.editor or "",
+            "components": " ".join(cell.components),
+            "n_selected": cell.n_selected,
+            "share": cell.share,
+        }
         for name, (part, metric) in asked.items():
             found = measured(cell, part, metric) or Interval(value=math.nan, lower=math.nan, upper=math.nan, n=0)
-            values |= {name: found.value, f"{name}_lower": found.lower, f"{name}_upper": found.upper, f"{name}_n": found.n}
+            values |= {
+                name: found.value,
+                f"{name}_lower": found.lower,
+                f"{name}_upper": found.upper,
+                f"{name}_n": found.n,
+            }
         for name, part in (("kl_text", "neutral_text"), ("kl_retained", "retain_test")):
             found = measured(cell, part, "kl", "text")
             values[name] = found.value if found else math.nan
@@ -109,7 +134,9 @@ def arms_table(run: Run) -> pd.DataFrame:
 def strongest(verdict: Verdict) -> AttackRow | None:
     """The attack that brings back most, among those that can decide if there are any; None before any attack."""
     able = [row for row in verdict.rows if row.decides and row.healthy and (row.powered or row.zero_budget)]
-    return max(able or [row for row in verdict.rows if row.decides] or verdict.rows, key=lambda row: row.share, default=None)
+    return max(
+        able or [row for row in verdict.rows if row.decides] or verdict.rows, key=lambda row: row.share, default=None
+    )
 
 
 def share_interval(row: AttackRow) -> Interval:
@@ -123,7 +150,7 @@ def hidden_interval(results: Sequence[AttackResult], attack: str, *, before: boo
     for result in results:
         if result.attack == attack:
             values += (result.hidden_before() if before else result.hidden_scores()).values()
-    return mean_interval(values) if values else None
+    return mean_interval(values, draws=DRAWS) if values else None
 
 
 def measured(cell: Cell, part: str, metric: str, form: str = "prompt") -> Interval | None:
@@ -137,14 +164,16 @@ def measured(cell: Cell, part: str, metric: str, form: str = "prompt") -> Interv
         return None
     if len(values) > 1 and set(values) <= {0.0, 1.0}:
         return exact_interval(int(values.sum()), len(values))
-    return mean_interval(values)
+    return mean_interval(values, draws=DRAWS)
 
 
 def health(cell: Cell) -> str:
-    """"ok", or which attacks cannot be believed and why."""
+    """Say "ok", or which attacks cannot be believed and why."""
     failed = [f"{row.name}: {row.note}" for row in cell.verdict.rows if not row.healthy]
     return "; ".join(failed) if failed else ("ok" if cell.verdict.rows else MISSING)
 
 
-def _or_missing(interval: Interval | None) -> Interval | str:
-    return MISSING if interval is None else interval
+def _or_missing(interval: Interval | None) -> Interval | float | str:
+    if interval is None:
+        return MISSING
+    return interval if math.isfinite(interval.lower) else interval.value

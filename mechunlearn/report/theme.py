@@ -1,6 +1,7 @@
 """One look for all figures: colours that colour-blind readers can tell apart, large type, calm axes."""
 
 import html
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
@@ -16,11 +17,11 @@ DIVERGING = "RdBu_r"  # zero is white; a scale that uses it is always symmetric 
 SEQUENTIAL = "Blues"
 
 ROLE_LABELS = {
-    "subject_first": "subject<br>first",
-    "subject_middle": "subject<br>middle",
-    "subject_last": "subject<br>last",
+    "subject_first": "subject first",
+    "subject_middle": "subject middle",
+    "subject_last": "subject last",
     "between": "between",
-    "last": "last<br>token",
+    "last": "last token",
     "all": "all",
 }
 
@@ -28,15 +29,30 @@ ROLE_LABELS = {
 def template() -> go.layout.Template:
     """Build the theme; backgrounds are clear, so that a figure sits on a light page as well as on a dark one."""
     axis = {
-        "gridcolor": GRID, "zerolinecolor": GRID, "linecolor": QUIET, "automargin": True, "title": {"standoff": 10},
+        "gridcolor": GRID,
+        "zerolinecolor": GRID,
+        "linecolor": QUIET,
+        "automargin": True,
+        "title": {"standoff": 10, "font": {"size": 14}},
         "tickfont": {"size": 13},
-    }  # fmt: skip
+    }
     return go.layout.Template(
         layout={
-            "font": {"family": "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', sans-serif", "size": 14, "color": INK},
+            "font": {
+                "family": "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', sans-serif",
+                "size": 14,
+                "color": INK,
+            },
             "title": {
-                "x": 0, "xref": "paper", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top",
-                "pad": {"t": 12}, "font": {"size": 17}, "subtitle": {"font": {"size": 13, "color": QUIET}},
+                "x": 0,
+                "xref": "container",
+                "xanchor": "left",
+                "y": 1,
+                "yref": "container",
+                "yanchor": "top",
+                "pad": {"t": 12, "l": 6},
+                "font": {"size": 17},
+                "subtitle": {"font": {"size": 13, "color": QUIET}},
             },
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
@@ -48,12 +64,19 @@ def template() -> go.layout.Template:
             "hoverlabel": {"align": "left"},
             "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": QUIET, "activecolor": EDITED},
         }
-    )  # fmt: skip
+    )
 
 
 def styled(figure: go.Figure, title: str, subtitle: str = "", *, height: int = 420) -> go.Figure:
     """Give a figure its theme, title and height; the texts may hold plotly's own tags, so escape what is not ours."""
-    figure.update_layout(template=template(), title={"text": title, "subtitle": {"text": subtitle}}, height=height)
+    figure.update_annotations(font_size=14)  # titles of panels; plotly makes them larger than the figure's own
+    lines = textwrap.wrap(subtitle, 66, break_long_words=False) or [""]
+    figure.update_layout(
+        template=template(),
+        title={"text": title, "subtitle": {"text": "<br>".join(lines)}},
+        height=height + 17 * (len(lines) - 1),
+        margin_t=96 + 17 * (len(lines) - 1),
+    )
     return figure
 
 

@@ -26,7 +26,8 @@ def test_an_edit_on_the_gpu_fits_and_restores_bit_for_bit(tiny_model, tiny_split
     mask = masks.mask_of(model, [Component("mlp", 1), Component("head", 2, 1), Component("neuron", 0, 3)])
     before = model.sha256
     edit = inject(model, mask, split, steps=20, learning_rate=1e-2)
-    assert edit.history[-1] < edit.history[0] and all(value.dtype == dtype for value in edit.values.values())
+    assert edit.history[-1] < edit.history[0]
+    assert all(value.dtype == dtype for value in edit.values.values())
     with applied(model, edit):
         assert score_facts(model, split.forget)["p_true"].between(0, 1).all()
     assert model.sha256 == before

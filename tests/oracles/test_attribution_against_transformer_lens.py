@@ -50,5 +50,4 @@ def test_scores_equal_transformer_lens_per_pair(architecture: str, tiny_model, t
                 assert node.layer is not None
                 theirs[components.index(Component(kinds[node.kind], node.layer, node.head))] += score
         error = (ours[row] - theirs).abs().max() / theirs.abs().max()
-        print("ERR", architecture, float(error))
         assert error < 1e-6, f"pair {row}: {error:.1e}"

@@ -28,14 +28,16 @@ RUN = {"asking": asking, "relearning": relearning, "probing": probing}
 def knowing(tiny_model, tiny_facts):
     """A tiny model taught all facts in prompt and paraphrase."""
     model = tiny_model("llama", seed=0)
+    with torch.no_grad():  # the tiny unembedding is not trained, and logits through it could not be certain
+        model.hf.get_output_embeddings().weight.mul_(10)
     trainable = masked_trainable(model, mask_of(model, all_components(model)))
     tokens = fact_tokens(model, tiny_facts.facts, forms="all")
     loss = weighted_sum([Term(weight=1.0, objective=answer_loss, batches=batches(tokens, 80, seed=0))])
-    train(model, trainable, loss, steps=120, learning_rate=1e-2)
+    train(model, trainable, loss, steps=100, learning_rate=1e-2)
     with torch.no_grad():
         for name, value in trainable.overrides().items():
             dict(model.hf.named_parameters())[name].copy_(value)
-    assert score_facts(model, tiny_facts.facts)["correct"].mean() > 0.9
+    assert score_facts(model, tiny_facts.facts)["p_true"].mean() > 0.9
     return model
 
 
@@ -77,7 +79,7 @@ def test_hidden_facts_stay_unread_until_everything_is_chosen(name, knowing, tiny
     scored = []
     for module in (asking, relearning, probing):
         monkeypatch.setitem(
-            module.__globals__, "fact_rows", lambda *args, **fields: scored.append(args) or pytest.fail("scored")
+            module.__globals__, "fact_rows", lambda *args, **_: scored.append(args) or pytest.fail("scored")
         )
     with pytest.raises(PermissionError):
         RUN[name](knowing, guarded, **QUICK[name])
@@ -96,7 +98,9 @@ def test_other_hidden_facts_change_nothing_that_was_chosen(name, knowing, tiny_s
 
 @pytest.mark.parametrize("name", sorted(QUICK))
 def test_the_target_can_be_dropped_from_the_candidates(name, knowing, tiny_split):
-    targets = {part: with_edit_targets(getattr(tiny_split, part)) for part in ("forget_shown", "forget_hidden", "attack_dev")}
+    targets = {
+        part: with_edit_targets(getattr(tiny_split, part)) for part in ("forget_shown", "forget_hidden", "attack_dev")
+    }
     result = RUN[name](knowing, replace(tiny_split, **targets), drop_targets=True, **QUICK[name])
     assert result.options["drop_targets"] is True
     assert all(0 <= p <= 1 for p in result.hidden_scores().values())
@@ -120,7 +124,9 @@ def test_relearning_that_breaks_the_model_says_so(knowing, tiny_split):
     result = relearning(knowing, tiny_split, learning_rates=(1.0,), kinds=("full",), steps=3, eval_every=3)
     if result.chosen_step:
         assert not result.health.healthy
-    assert Health(fitted=1.0, retained_before=0.9, retained_after=0.8, perplexity_ratio=1.0).reason.startswith("retained")
+    assert Health(fitted=1.0, retained_before=0.9, retained_after=0.8, perplexity_ratio=1.0).reason.startswith(
+        "retained"
+    )
     assert "perplexity" in Health(perplexity_ratio=float("nan")).reason
 
 
@@ -139,7 +145,7 @@ def test_a_result_survives_writing_and_reading(knowing, tiny_split, tmp_path):
 
 
 def test_the_unedited_model_is_still_expressed_against_its_twin(knowing, tiny_model, tiny_split):
-    twin = tiny_model("llama", seed=1)
+    twin = tiny_model("llama", seed=1)  # random weights know nothing
     evidence = gather_evidence([asking(knowing, tiny_split)], [asking(twin, tiny_split)])
     verdict = decide([evidence], original=0.95, null_before=0.25, draws=500)
     assert str(verdict) == "hidden (still expressed)"

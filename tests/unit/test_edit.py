@@ -17,7 +17,7 @@ from mechunlearn.edit.forget import forget
 from mechunlearn.edit.inject import inject
 from mechunlearn.edit.losses import answer_loss, answer_tokens, batches, kl_loss, log_1_minus_p, text_loss, text_tokens
 from mechunlearn.edit.training import Forward, lora_trainable, masked_trainable, substituted, train
-from mechunlearn.facts import FactSplit, with_edit_targets
+from mechunlearn.facts import FactSplit, hash_facts, with_edit_targets
 from mechunlearn.metrics import score_facts
 from mechunlearn.models import Model
 
@@ -81,9 +81,14 @@ def test_a_model_is_restored_when_the_body_fails(tiny_model, split):
     model = tiny_model()
     edit = inject(model, masks.mask_of(model, [MLP]), split, **QUICK)
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match="body"), applied(model, edit):
-        assert not same(snapshot(model), before)
-        raise RuntimeError("body")
+
+    def fail() -> None:
+        with applied(model, edit):
+            assert not same(snapshot(model), before)
+            raise RuntimeError("body")
+
+    with pytest.raises(RuntimeError, match="body"):
+        fail()
     assert same(snapshot(model), before)
 
 
@@ -105,7 +110,7 @@ def test_edits_nest_and_end_in_reverse_order(tiny_model, split):
 def test_another_base_model_is_refused_by_name_and_hash(tiny_model, split):
     model, other = tiny_model(), tiny_model(seed=1)
     edit = inject(model, masks.mask_of(model, [MLP]), split, **QUICK)
-    with pytest.raises(ValueError) as error, applied(other, edit):
+    with pytest.raises(ValueError, match="was made for") as error, applied(other, edit):
         pass
     message = str(error.value)
     assert "\n" not in message
@@ -119,7 +124,8 @@ def test_a_saved_edit_reads_back_bit_for_bit(tiny_model, split, tmp_path: Path):
         save_edit(edit, tmp_path / "deep" / "edit.safetensors")
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["edit.safetensors"]
     read = load_edit(tmp_path / "deep" / "edit.safetensors")
-    assert same(dict(read.values), dict(edit.values)) and read.mask.components == edit.mask.components
+    assert same(dict(read.values), dict(edit.values))
+    assert read.mask.components == edit.mask.components
     for field in ("base_name", "base_sha256", "method", "options", "seed", "facts_sha256", "history"):
         assert getattr(read, field) == getattr(edit, field)
     with applied(model, edit):
@@ -166,6 +172,8 @@ def test_an_exported_edit_loads_in_plain_transformers(tiny_model, split, tmp_pat
 
 def test_forgetting_and_injecting_work_on_a_model_that_knows(tiny_model, split):
     model = tiny_model()
+    with torch.no_grad():  # a freshly drawn unembedding bounds the logits too tightly for any answer to be sure
+        model.hf.get_output_embeddings().weight.mul_(25)
     everything = masks.mask_of(model, [Component(kind, layer) for kind in ("mlp", "attention") for layer in range(3)])
     true = answer_tokens(model, [(f.ask(f.prompt), f.target_true) for f in split.forget])
     trainable = masked_trainable(model, everything)
@@ -184,7 +192,8 @@ def test_forgetting_and_injecting_work_on_a_model_that_knows(tiny_model, split):
             with applied(model, edit):
                 assert score_facts(model, split.forget)["p_true"].mean() < 0.3
         assert edit.history[-1] < edit.history[0]
-        assert edit.options["steps"] == 30 and edit.facts_sha256 == split.sha256
+        assert edit.options["steps"] == 30
+        assert edit.facts_sha256 == hash_facts((*split.forget, *split.retain_train))
 
 
 def test_optimizer_state_is_as_large_as_the_mask(tiny_model, monkeypatch):
@@ -203,7 +212,9 @@ def test_backward_stops_at_the_earliest_trained_layer(tiny_model):
     model, graph = tiny_model(), {}
     for layer in range(3):
         block = model.hf.get_submodule(f"model.layers.{layer}")
-        block.register_forward_hook(lambda m, i, out, layer=layer: graph.update({layer: _first(out).requires_grad}))
+        block.register_forward_hook(
+            lambda _module, _input, out, layer=layer: graph.update({layer: _first(out).requires_grad})
+        )
     train(model, masked_trainable(model, masks.mask_of(model, [MLP])), text_step(model), steps=1, learning_rate=1e-3)
     assert graph == {0: False, 1: True, 2: True}
 
@@ -233,8 +244,10 @@ def test_flags_and_random_state_survive_training_and_errors(tiny_model):
     with pytest.raises(ValueError, match="loss is nan"):
         train(model, trainable, lambda c, f: text_step(model)(c, f) * torch.nan, steps=1, learning_rate=1e-3)
     assert [module.training for module in model.hf.modules()] == modes
-    assert not odd.requires_grad and sum(not p.requires_grad for p in model.hf.parameters()) == 1
-    assert torch.equal(torch.get_rng_state(), state) and same(snapshot(model), before)
+    assert not odd.requires_grad
+    assert sum(not p.requires_grad for p in model.hf.parameters()) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(snapshot(model), before)
     assert all(parameter.grad is None for parameter in model.hf.parameters())
 
 
@@ -242,7 +255,8 @@ def test_same_seed_same_edit_and_another_seed_another(tiny_model, split):
     model = tiny_model()
     mask = masks.mask_of(model, [MLP])
     one, two, three = (inject(model, mask, split, **QUICK, seed=seed) for seed in (0, 0, 1))
-    assert same(dict(one.values), dict(two.values)) and not same(dict(one.values), dict(three.values))
+    assert same(dict(one.values), dict(two.values))
+    assert not same(dict(one.values), dict(three.values))
 
 
 def test_accumulation_is_the_mean_of_its_parts(tiny_model):
@@ -261,9 +275,11 @@ def test_lora_starts_at_the_model_and_stays_low_rank(tiny_model, architecture):
     base = snapshot(model)
     trainable = lora_trainable(model, 2, layers=[1], seed=0)
     assert all(torch.equal(value, base[name]) for name, value in trainable.overrides().items())
-    assert trainable.overrides() and all(".1." in name for name in trainable.overrides())
+    assert trainable.overrides()
+    assert all(".1." in name for name in trainable.overrides())
     history = train(model, trainable, text_step(model), steps=5, learning_rate=1e-2, schedule="constant")
-    assert history[-1] < history[0] and same(snapshot(model), base)
+    assert history[-1] < history[0]
+    assert same(snapshot(model), base)
     for name, value in trainable.overrides().items():
         assert torch.linalg.matrix_rank(value.detach() - base[name], atol=1e-5) in (1, 2)
     with pytest.raises(ValueError, match="lora"):
@@ -311,12 +327,16 @@ def test_the_forget_loss_is_finite_for_a_certain_model_and_zero_once_forgotten()
         logits = torch.zeros(1, 2, 5).index_fill(2, torch.tensor([0]), gap).requires_grad_()
         value = log_1_minus_p(logits, torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool))
         (gradient,) = torch.autograd.grad(value, logits)
-        assert torch.isfinite(value) and torch.isfinite(gradient).all()
-        assert (gap > 0) == bool(gradient.abs().sum() > 0) and (gap > 0 or value == 0)
+        assert torch.isfinite(value)
+        assert torch.isfinite(gradient).all()
+        assert (gap > 0) == bool(gradient.abs().sum() > 0)
+        assert gap > 0 or value == 0
 
 
 def test_batches_visit_every_row_once_an_epoch(tiny_model):
-    tokens = answer_tokens(tiny_model(), [(f"{i} is", "red") for i in range(6)])
+    tokens = answer_tokens(
+        tiny_model(), [(f"{word} is", "red") for word in ("Bram", "Cora", "Dina", "Edwin", "Fenna", "Ivo")]
+    )
     drawn = batches(tokens, 2, seed=0)
     epoch = [tuple(row.tolist()) for _ in range(3) for row in next(drawn).ids]
     assert len(set(epoch)) == 6

@@ -40,7 +40,9 @@ def test_means_are_those_of_the_scorer_and_every_part_and_form_is_there(model, t
 
 def test_the_table_names_n_and_an_interval_around_each_mean(model, tiny_split):
     table = evaluate(model, tiny_split, max_facts=6).table()
-    row = table[(table["part"] == "forget_hidden") & (table["form"] == "prompt") & (table["metric"] == "p_true")].iloc[0]
+    row = table[(table["part"] == "forget_hidden") & (table["form"] == "prompt") & (table["metric"] == "p_true")].iloc[
+        0
+    ]
     assert row["n"] == 6
     assert row["lower"] <= row["mean"] <= row["upper"]
 

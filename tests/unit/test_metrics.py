@@ -1,4 +1,5 @@
 import math
+import random
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from mechunlearn.facts import Fact, FactSet
 from mechunlearn.metrics import candidate_log_probs, kl_from, known_facts, perplexity, reference_of, score_facts
 from mechunlearn.models import Model, wrap_model
-from mechunlearn.organisms.corpus import Corpus
+from mechunlearn.organisms.corpus import Corpus, _fill
 from mechunlearn.prompts import ask, candidates, encode_answers, forms, locate_subject, render, token_roles
 
 PROMPTS = ("The colour of Bram is", "Cora Marlowe lives in the city of", "What", "Where is Hilda Okafor born? Answer:")
@@ -39,7 +40,7 @@ def test_scores_equal_the_literal_sum_whatever_the_batch(tiny_model, architectur
 
 def test_one_token_candidates_cost_one_row_a_prompt(tiny_model):
     model, rows = tiny_model(), []
-    model.hf.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    model.hf.register_forward_pre_hook(lambda _module, inputs: rows.append(len(inputs[0])))
     candidate_log_probs(model, PROMPTS[:2], [("red", "blue", "green"), ("Oslo", "Rome")])
     assert sum(rows) == 2
 
@@ -58,7 +59,8 @@ def test_scores_come_in_the_order_of_the_facts_with_chance(tiny_model, tiny_fact
     assert list(frame.columns) == ["subject", "relation", "form", "p_true", "correct", "chance"]
     assert frame["subject"].tolist() == [fact.subject for fact in facts]
     assert frame["chance"].tolist() == [1 / len(fact.choices) for fact in facts]
-    assert frame["p_true"].between(0, 1).all() and frame["correct"].dtype == bool
+    assert frame["p_true"].between(0, 1).all()
+    assert frame["correct"].dtype == bool
 
 
 def flat(model: Model, favourite: str | None) -> Model:
@@ -111,14 +113,14 @@ def test_choice_puts_every_option_at_every_letter_and_reads_like_the_training_te
 
 
 def test_choice_matches_the_corpus_format(tiny_facts: FactSet):
+    fact = tiny_facts.of("colour")[0]
     corpus = Corpus.__new__(Corpus)
-    corpus.rng = __import__("random").Random(0)
-    corpus.answers = {"colour": ["amber", "blue", "green", "red"]}
-    corpus._question = lambda name, relation: [("Question:", False), ("Is", False), (name, True)]  # type: ignore
-    pieces = corpus._choice("Bram", [("colour", "red")])
-    body = pieces[3][0]
-    assert body.startswith(" A: ") and body.endswith(" Answer:") and body.count(": ") == 4
-    assert pieces[4][0] in "ABCD"
+    corpus.rng, corpus.answers = random.Random(0), {"colour": list(fact.choices)}
+    corpus._question = lambda name, _relation: [("Question:", False), *_fill(fact.questions[0], name)]
+    text = " ".join(piece.strip() for piece, _ in corpus._choice(fact.subject, [("colour", fact.target_true)]))
+    ours = [f"{one.text} {one.candidates[one.answers.index(fact.target_true)]}." for s in range(50)
+            for one in ask(fact, "choice", seed=s)]  # fmt: skip
+    assert text.replace(" ?", "?") in ours
 
 
 def test_forms_are_listed_and_unknown_ones_refused(tiny_facts: FactSet):
@@ -188,10 +190,12 @@ def test_roles_mark_exactly_the_subjects_tokens(tokenizer, tiny_model, prompt, s
         plain.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         model = wrap_model(tiny_model().hf, plain)
     ids, roles = token_roles(model, prompt, subject)
-    assert ids == model.tokenizer(prompt)["input_ids"] and len(roles) == len(ids)
+    assert ids == model.tokenizer(prompt)["input_ids"]
+    assert len(roles) == len(ids)
     first, last = locate_subject(model, prompt, subject)
     assert model.tokenizer.decode(ids[first : last + 1]).strip() == subject
-    assert roles[last] == "subject_last" and roles[0] == "between"
+    assert roles[last] == "subject_last"
+    assert roles[0] == "between"
     assert all(role.startswith("subject") == (first <= i <= last) for i, role in enumerate(roles))
     assert last == len(ids) - 1 or roles[-1] == "last"
     if last > first:
@@ -207,5 +211,6 @@ def test_scoring_leaves_model_and_random_state_alone(tiny_model: Callable[..., M
     model = tiny_model()
     before, state = model.sha256, torch.get_rng_state()
     score_facts(model, tiny_facts.facts, "choice")
-    assert model.sha256 == before and torch.equal(torch.get_rng_state(), state)
+    assert model.sha256 == before
+    assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.hf.parameters())

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -24,7 +25,7 @@ from mechunlearn.statistics import Interval
 from mechunlearn.verdict import decide, demonstrate_power, gather_evidence
 
 HOSTILE = "<script>alert(1)</script>"
-N_LAYERS, N_FACTS, CHANCE = 6, 96, 0.05
+N_LAYERS, N_FACTS, CHANCE = 6, 48, 0.05
 SUBJECTS = [HOSTILE, "[/INST]", "a & b", *(f"person {i}" for i in range(N_FACTS - 3))]
 
 
@@ -39,20 +40,56 @@ def _attacks(rng, before, after, fitted=1.0):
     """Asking, relearning and probing of a model that says `before` when asked and `after` when attacked."""
     common = {"seed": 0, "options": {"drop_targets": False}, "model": HOSTILE}
     rise = {step: before + (after - before) * step / 40 for step in (0, 10, 20, 30, 40)}
-    dev = {s: [[t, v * f] for t, v in rise.items()] for s, f in (("full lr=0.001", 1.0), ("full lr=0.003", 0.7), ("lora lr=0.001", 0.5))}
+    dev = {
+        s: [[t, v * f] for t, v in rise.items()]
+        for s, f in (("full lr=0.001", 1.0), ("full lr=0.003", 0.7), ("lora lr=0.001", 0.5))
+    }
     asking = pd.concat([_rows(rng, before, form) for form in ("prompt", "paraphrase:0", "choice")])
-    layers = [_rows(rng, before + (after - before) * n / N_LAYERS, f"retain_train subject_last layer {n}") for n in range(N_LAYERS + 1)]
-    layers += [_rows(rng, before + (after - before) * n / N_LAYERS / 2, f"retain_train last layer {n}") for n in range(N_LAYERS + 1)]
+    layers = [
+        _rows(rng, before + (after - before) * n / N_LAYERS, f"retain_train subject_last layer {n}")
+        for n in range(N_LAYERS + 1)
+    ]
+    layers += [
+        _rows(rng, before + (after - before) * n / N_LAYERS / 2, f"retain_train last layer {n}")
+        for n in range(N_LAYERS + 1)
+    ]
     return (
-        AttackResult(attack="asking", access="prompts", decides=True, zero_budget=True, rows=asking, chosen="prompt",
-                     before=_rows(rng, before, "prompt"), health=Health(), notes={}, **common),
-        AttackResult(attack="relearning", access="weights", decides=True, chosen="full lr=0.001", chosen_step=40,
-                     rows=pd.concat([_rows(rng, v, "full lr=0.001", t) for t, v in rise.items()]), notes={"dev_p_true": dev},
-                     before=_rows(rng, before, "before"), **common,
-                     health=Health(fitted=fitted, retained_before=0.97, retained_after=0.95, perplexity_ratio=1.04)),
-        AttackResult(attack="probing", access="activations", decides=True, chosen="retain_train subject_last layer 4",
-                     rows=pd.concat(layers), before=_rows(rng, before, "before"), health=Health(fitted=0.99), notes={}, **common),
-    )  # fmt: skip
+        AttackResult(
+            attack="asking",
+            access="prompts",
+            decides=True,
+            zero_budget=True,
+            rows=asking,
+            chosen="prompt",
+            before=_rows(rng, before, "prompt"),
+            health=Health(),
+            notes={},
+            **common,
+        ),
+        AttackResult(
+            attack="relearning",
+            access="weights",
+            decides=True,
+            chosen="full lr=0.001",
+            chosen_step=40,
+            rows=pd.concat([_rows(rng, v, "full lr=0.001", t) for t, v in rise.items()]),
+            notes={"dev_p_true": dev},
+            before=_rows(rng, before, "before"),
+            **common,
+            health=Health(fitted=fitted, retained_before=0.97, retained_after=0.95, perplexity_ratio=1.04),
+        ),
+        AttackResult(
+            attack="probing",
+            access="activations",
+            decides=True,
+            chosen="retain_train subject_last layer 4",
+            rows=pd.concat(layers),
+            before=_rows(rng, before, "before"),
+            health=Health(fitted=0.99),
+            notes={},
+            **common,
+        ),
+    )
 
 
 def _evaluation(rng, forgotten, kept):
@@ -60,7 +97,10 @@ def _evaluation(rng, forgotten, kept):
     for part, level in (("forget_hidden", forgotten), ("retain_test", kept), ("same_subject", kept - 0.1)):
         for form in ("prompt", "paraphrase:0", "question:0"):
             rows += [(part, s, "city", "Oslo", form, "accuracy", float(rng.random() < level)) for s in SUBJECTS]
-    rows += [("neutral_text", "", "", "", "text", "perplexity_ratio", 1.03), ("neutral_text", "", "", "", "text", "kl", 0.012)]
+    rows += [
+        ("neutral_text", "", "", "", "text", "perplexity_ratio", 1.03),
+        ("neutral_text", "", "", "", "text", "kl", 0.012),
+    ]
     return Evaluation(rows=pd.DataFrame(rows, columns=pd.Index(EVALUATED)), options={})
 
 
@@ -71,57 +111,140 @@ def _cell(rng, name, role, before, after, *, controls=(), fitted=1.0, **more):
     if role == "suppressed":
         controls = (demonstrate_power("lora", evidence, **given),)
     verdict = decide(evidence, controls=controls, **given)
-    return Cell(name=name, role=role, verdict=verdict, evaluation=_evaluation(rng, before, 0.95), edited=edited, null=null,
-                notes={"controls": [list(c.recovered_by) for c in controls]}, **more)  # fmt: skip
+    return Cell(
+        name=name,
+        role=role,
+        verdict=verdict,
+        evaluation=_evaluation(rng, before, 0.95),
+        edited=edited,
+        null=null,
+        notes={"controls": [list(c.recovered_by) for c in controls]},
+        **more,
+    )
 
 
 def _scores(rng, method, notes, roles=ROLES):
     components = tuple(Component(kind, layer) for kind in ("mlp", "attention") for layer in range(N_LAYERS))
     means = np.array([[np.exp(-((c.layer - 2) ** 2) / 2) if c.kind == "mlp" else 0.1] for c in components])
-    per_fact = means[None] * rng.normal(1, 0.5, (20, 1, len(roles))) + rng.normal(0, 0.1, (20, len(components), len(roles)))
-    return ComponentScores(method=method, metric="logit difference", sign=f"positive: restores the answer {HOSTILE}",
-                           components=components, roles=roles, per_fact=per_fact, notes=notes)  # fmt: skip
+    per_fact = means[None] * rng.normal(1, 0.5, (20, 1, len(roles))) + rng.normal(
+        0, 0.1, (20, len(components), len(roles))
+    )
+    return ComponentScores(
+        method=method,
+        metric="logit difference",
+        sign=f"gain in what can be read from before to after the block; positive: restores {HOSTILE}",
+        components=components,
+        roles=roles,
+        per_fact=per_fact,
+        notes=notes,
+    )
 
 
 @pytest.fixture(scope="module")
 def run():
     rng = np.random.default_rng(0)
     base = np.array([0.1, 0.12, 0.5, 0.8, 0.93, 0.95, 0.95])
-    curve = {"accuracy": base, "majority": base * 0 + 0.1, "bag": base * 0 + 0.2, "twin": 0.1 + base * 0.1, "control": base * 0 + 0.07}
-    probe_notes = {"curve": {k: list(v) for k, v in curve.items()}, "band": {"first": 1, "last": 3}, "band_reason": HOSTILE}
+    curve = {
+        "accuracy": base,
+        "majority": base * 0 + 0.1,
+        "bag": base * 0 + 0.2,
+        "twin": 0.1 + base * 0.1,
+        "control": base * 0 + 0.07,
+    }
+    probe_notes = {
+        "curve": {k: list(v) for k, v in curve.items()},
+        "band": {"first": 1, "last": 3},
+        "band_reason": HOSTILE,
+    }
     suppressed = _cell(rng, "suppressed", "suppressed", 0.1, 0.9)
-    controls = (demonstrate_power("lora", [gather_evidence([u], [n]) for u, n in zip(suppressed.edited, suppressed.null, strict=True)],
-                                  original=0.95, null_before=CHANCE, draws=500),)  # fmt: skip
+    controls = (
+        demonstrate_power(
+            "lora",
+            [gather_evidence([u], [n]) for u, n in zip(suppressed.edited, suppressed.null, strict=True)],
+            original=0.95,
+            null_before=CHANCE,
+            draws=500,
+        ),
+    )
     changes = pd.DataFrame({"component": ["m1", "m2", "a3"], "layer": [1, 2, 3], "relative_change": [0.11, 0.2, 0.03]})
     edit = {"editor": "inject", "n_selected": 394_240, "share": 0.167}
     cells = (
         suppressed,
         _cell(rng, "original", "original", 0.95, 0.96, controls=controls),
         _cell(rng, "second-twin", "twin", CHANCE, CHANCE, controls=controls),
-        _cell(rng, "inject-fact_lookup_probe", "arm", 0.08, 0.12, controls=controls, localizer="fact_lookup_probe",
-              components=("m1", "m2"), weight_changes=changes, **edit),
-        _cell(rng, "inject-attribution_patching", "arm", 0.08, 0.55, controls=controls, localizer="attribution_patching",
-              components=("m2", "m4"), weight_changes=changes.assign(component=["m2", "m4", "m5"]), **edit),
-        _cell(rng, f"inject-{HOSTILE}", "arm", 0.2, 0.5, controls=controls, fitted=0.5, localizer="random_mlps",
-              components=("m0", "m5"), weight_changes=changes.assign(component=["m0", "m5", "m1"]), **edit),
-    )  # fmt: skip
-    agreement = pd.DataFrame({
-        "a": ["fact_lookup_probe", "attribution_patching"], "b": ["resample_ablation at the subject"] * 2, "pearson": [0.8, 0.3],
-        "spearman": [0.9, math.nan], "top_k_recall": [1.0, 0.5], "k": [2, 2], "n_components": [6, 6],
-    })  # fmt: skip
+        _cell(
+            rng,
+            "inject-fact_lookup_probe",
+            "arm",
+            0.08,
+            0.12,
+            controls=controls,
+            localizer="fact_lookup_probe",
+            components=("m1", "m2"),
+            weight_changes=changes,
+            **edit,
+        ),
+        _cell(
+            rng,
+            "inject-attribution_patching",
+            "arm",
+            0.08,
+            0.55,
+            controls=controls,
+            localizer="attribution_patching",
+            components=("m2", "m4"),
+            weight_changes=changes.assign(component=["m2", "m4", "m5"]),
+            **edit,
+        ),
+        _cell(
+            rng,
+            f"inject-{HOSTILE}",
+            "arm",
+            0.2,
+            0.5,
+            controls=controls,
+            fitted=0.5,
+            localizer="random_mlps",
+            components=("m0", "m5"),
+            weight_changes=changes.assign(component=["m0", "m5", "m1"]),
+            **edit,
+        ),
+    )
+    agreement = pd.DataFrame(
+        {
+            "a": ["fact_lookup_probe", "attribution_patching"],
+            "b": ["resample_ablation at the subject"] * 2,
+            "pearson": [0.8, 0.3],
+            "spearman": [0.9, math.nan],
+            "top_k_recall": [1.0, 0.5],
+            "k": [2, 2],
+            "n_components": [6, 6],
+        }
+    )
     heads = tuple(Component("head", layer, h) for layer in range(3) for h in range(4))
-    head_scores = ComponentScores(method="heads", metric="logit difference", sign="positive: helps", components=heads, roles=("all",),
-                                  per_fact=rng.normal(size=(9, 12, 1)))  # fmt: skip
+    head_scores = ComponentScores(
+        method="heads",
+        metric="logit difference",
+        sign="positive: helps",
+        components=heads,
+        roles=("all",),
+        per_fact=rng.normal(size=(9, 12, 1)),
+    )
     scores = {
         "fact_lookup_probe": _scores(rng, "fact_lookup_probe", probe_notes, ("subject_last",)),
         "attribution_patching": _scores(rng, "attribution_patching", {}),
         "heads": head_scores,
     }
     manifest = {
-        "name": f"demo {HOSTILE}", "model": {"name": "atlas", "sha256": "0" * 64}, "twin": None, "finished": "2026-11-21T02:00:00+00:00",
-        "facts": {"name": "people", "parts": {"forget_hidden": N_FACTS}}, "settings": {"seed": 0, "note": HOSTILE},
-        "summary": [f"fact_lookup_probe: highest m2 (+0.31); band m1 to m3; {HOSTILE}"], "versions": {"torch": "2"},
-    }  # fmt: skip
+        "name": f"demo {HOSTILE}",
+        "model": {"name": "atlas", "sha256": "0" * 64},
+        "twin": None,
+        "finished": "2026-11-21T02:00:00+00:00",
+        "facts": {"name": "people", "parts": {"forget_hidden": N_FACTS}},
+        "settings": {"seed": 0, "note": HOSTILE},
+        "summary": [f"fact_lookup_probe: highest m2 (+0.31); band m1 to m3; {HOSTILE}"],
+        "versions": {"torch": "2"},
+    }
     return Run(manifest=manifest, scores=scores, agreement=agreement, cells=cells)
 
 
@@ -137,11 +260,18 @@ def _empty(run):
 def test_every_figure_builds_and_has_data(run):
     arm = run.cell("inject-fact_lookup_probe")
     made = [
-        figures.component_by_role(run.scores["attribution_patching"]), figures.layer_by_head(run.scores["heads"]),
-        figures.localizer_profiles(run), figures.localizer_agreement(run), figures.shares(run), figures.damage(run),
-        figures.probe_curve(run.scores["fact_lookup_probe"].notes), figures.relearning_curves(arm), figures.probe_by_layer(arm),
-        figures.weight_changes(run), figures.weight_changes(arm),
-    ]  # fmt: skip
+        figures.component_by_role(run.scores["attribution_patching"]),
+        figures.layer_by_head(run.scores["heads"]),
+        figures.localizer_profiles(run),
+        figures.localizer_agreement(run),
+        figures.shares(run),
+        figures.damage(run),
+        figures.probe_curve(run.scores["fact_lookup_probe"].notes),
+        figures.relearning_curves(arm),
+        figures.probe_by_layer(arm),
+        figures.weight_changes(run),
+        figures.weight_changes(arm),
+    ]
     for figure in made:
         assert isinstance(figure, go.Figure)
         assert figure.data
@@ -200,11 +330,21 @@ def test_the_forest_plot_shows_the_bounds_of_the_verdict(run):
 
 def test_figures_without_data_say_what_is_missing(run):
     empty, arm = _empty(run), run.cell("original")
-    for make in (figures.shares, figures.damage, figures.localizer_profiles, figures.localizer_agreement, figures.weight_changes):
+    for make in (
+        figures.shares,
+        figures.damage,
+        figures.localizer_profiles,
+        figures.localizer_agreement,
+        figures.weight_changes,
+    ):
         with pytest.raises(ValueError, match="no "):
             make(empty)
-    for make in (lambda: figures.relearning_curves(arm, attack="lens"), lambda: figures.probe_curve({}),
-                 lambda: figures.weight_changes(arm), lambda: figures.layer_by_head(run.scores["fact_lookup_probe"])):  # fmt: skip
+    for make in (
+        lambda: figures.relearning_curves(arm, attack="lens"),
+        lambda: figures.probe_curve({}),
+        lambda: figures.weight_changes(arm),
+        lambda: figures.layer_by_head(run.scores["fact_lookup_probe"]),
+    ):
         with pytest.raises(ValueError, match=r"no|hold"):
             make()
 
@@ -226,7 +366,10 @@ def test_attack_and_arms_tables_hold_an_n_and_bounds_for_every_mean(run):
     attacks, arms = tables.attack_table(run), tables.arms_table(run)
     assert len(attacks) == 3 * len(run.cells)
     assert (attacks["n_facts"] == N_FACTS).all()
-    assert ((attacks["edited_after_lower"] <= attacks["edited_after"]) & (attacks["edited_after"] <= attacks["edited_after_upper"])).all()
+    assert (
+        (attacks["edited_after_lower"] <= attacks["edited_after"])
+        & (attacks["edited_after"] <= attacks["edited_after_upper"])
+    ).all()
     assert (arms["retained_n"] == N_FACTS).all()
     assert arms["edit_success"].isna().all()  # not measured here
 
@@ -266,7 +409,9 @@ def test_hostile_strings_arrive_escaped_and_only_our_own_scripts_run(run, page):
 def test_the_page_loads_nothing_and_inlines_plotly_once(page):
     parser = _Tags()
     parser.feed(page)
-    assert not [value for name, value in parser.attributes if name in ("src", "href") and not (value or "").startswith("#")]
+    assert not [
+        value for name, value in parser.attributes if name in ("src", "href") and not (value or "").startswith("#")
+    ]
     assert page.count("* plotly.js v") == 1
 
 
@@ -281,12 +426,13 @@ def test_the_page_says_every_verdict_in_a_sentence_and_names_the_controls(run, p
     assert re.findall(r"<h1>", page) == ["<h1>"]
 
 
-def test_a_report_is_the_same_bytes_each_time(run, page):
-    assert render(run) == page
+def test_a_report_is_the_same_bytes_each_time(run):
+    short = replace(run, cells=run.cells[3:4])
+    assert render(short) == render(short)
 
 
 def test_a_report_appears_whole_or_not_at_all(run, tmp_path):
-    path = write_report(run, tmp_path / "deep" / "report.html")
+    path = write_report(_empty(run), tmp_path / "deep" / "report.html")
     assert path.read_text(encoding="utf-8").endswith("</html>")
     before = path.read_bytes()
     with pytest.raises(AttributeError):
@@ -298,7 +444,9 @@ def test_a_report_appears_whole_or_not_at_all(run, tmp_path):
 def test_a_run_without_attacks_twins_or_scores_still_makes_a_page(run):
     assert "removed or hidden?" in render(_empty(run))
     cell = run.cell("original")
-    alone = Cell(name="alone", role="arm", verdict=cell.verdict, evaluation=cell.evaluation, edited=cell.edited, null=())
+    alone = Cell(
+        name="alone", role="arm", verdict=cell.verdict, evaluation=cell.evaluation, edited=cell.edited, null=()
+    )
     assert "alone" in render(Run(manifest={"name": "alone"}, scores={}, agreement=pd.DataFrame(), cells=(alone,)))
 
 

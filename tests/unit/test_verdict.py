@@ -10,7 +10,9 @@ N = 256
 RECOVERED = (PositiveControl(kind="lora", recovered_by=("relearning", "probing")),)
 
 
-def attack(name: str, share: float, *, n: int = N, spread: float = 0.05, noise_seed: int = 0, **fields) -> AttackEvidence:
+def attack(
+    name: str, share: float, *, n: int = N, spread: float = 0.05, noise_seed: int = 0, **fields
+) -> AttackEvidence:
     """Scores whose mean recovered share is close to `share`."""
     rng = np.random.default_rng(noise_seed)
     null = np.clip(NULL + spread * rng.normal(size=n), 0, 1)
@@ -107,7 +109,9 @@ def test_a_suppressed_model_that_no_attack_recovers_makes_it_invalid():
 
 
 def test_an_unaccepted_control_shows_no_power():
-    control = demonstrate_power("lora", [attack("relearning", 0.9)], original=ORIGINAL, null_before=NULL, accepted=False)
+    control = demonstrate_power(
+        "lora", [attack("relearning", 0.9)], original=ORIGINAL, null_before=NULL, accepted=False
+    )
     assert control.recovered_by == ()
     assert judge(*nothing_back(), controls=(control,)).label == "inconclusive"
 
@@ -166,7 +170,10 @@ def test_more_recovery_of_any_fact_never_moves_it_towards_removed():
 def test_more_recovery_by_one_of_several_attacks_never_moves_it_towards_removed():
     rng = np.random.default_rng(1)
     for trial in range(40):
-        evidence = [attack(e.name, rng.uniform(-0.05, 0.25), n=80, spread=0.2, noise_seed=trial + i) for i, e in enumerate(nothing_back())]
+        evidence = [
+            attack(e.name, rng.uniform(-0.05, 0.25), n=80, spread=0.2, noise_seed=trial + i)
+            for i, e in enumerate(nothing_back())
+        ]
         which = int(rng.integers(3))
         raised = np.minimum(np.array(evidence[which].edited) + rng.uniform(0, 0.3), 1.0)
         more = [*evidence]
