@@ -1,13 +1,14 @@
-"""Judging one model state: edit it and its twin alike, evaluate, attack both alike, decide."""
+"""Judging one model state: edit it and its twin alike, evaluate, attack both alike; then decide."""
 
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
 
 import pandas as pd
-import torch
+from torch import Tensor
 
 from mechunlearn.attack import ATTACKS
 from mechunlearn.attack.results import AttackResult
@@ -15,91 +16,129 @@ from mechunlearn.bench.suppressed import Acceptance, suppress_with_lora
 from mechunlearn.components import Component
 from mechunlearn.edit import EDITORS
 from mechunlearn.edit.edits import WeightEdit, applied
-from mechunlearn.evaluate import evaluate, take_baseline
+from mechunlearn.evaluate import Evaluation, evaluate, take_baseline
 from mechunlearn.facts import FactSplit
-from mechunlearn.masks import ParameterMask, mask_of
+from mechunlearn.masks import mask_of
 from mechunlearn.metrics import score_facts
-from mechunlearn.models import Model, component_parameters
+from mechunlearn.models import Model, component_parameters, load_model
 from mechunlearn.runs import Cell, CellRole
 from mechunlearn.settings import Settings
 from mechunlearn.verdict import AttackEvidence, PositiveControl, decide, demonstrate_power, gather_evidence
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class CellTask:
-    """What is to be judged, and against what."""
+    """What is to be judged, and against what; models by name, so that a task can go to another process."""
 
     name: str
     role: CellRole
-    model: Model
-    twin: Model | None
-    original: Model | None = None
-    """Who knew the facts to begin with, where that is not `model`."""
-    mask: ParameterMask | None = None
+    model: str
+    twin: str | None
+    original: str
+    """Who knew the facts to begin with: `model` itself, except for a second twin."""
+    components: tuple[str, ...] = ()
     localizer: str | None = None
     editor: str | None = None
     share: float = 0.0
     key: str = ""
     """Hash of everything that decides the result."""
 
-    def inputs(self) -> dict[str, Any]:
-        """What tells this task from another of the same run, as JSON data."""
-        return {
-            "role": self.role, "model": self.model.name, "twin": self.twin and self.twin.name, "editor": self.editor,
-            "components": [str(c) for c in self.mask.components] if self.mask else [],
-        }  # fmt: skip
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Judged:
+    """Everything measured on one cell; what is missing is the verdict, which needs the other cells' controls."""
+
+    task: CellTask
+    evaluation: Evaluation
+    edited: tuple[AttackResult, ...]
+    null: tuple[AttackResult, ...]
+    original: float
+    """Mean P(true | candidates) on the hidden facts before attacks, of the original (A_o) ..."""
+    null_before: float
+    """... and of the twin (A_n), or chance without one."""
+    chance: float
+    acceptance: Acceptance | None = None
+    n_selected: int = 0
+    weight_changes: pd.DataFrame | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
-def judge(task: CellTask, split: FactSplit, *, settings: Settings, controls: Sequence[PositiveControl]) -> Cell:
-    """Edit, evaluate and attack one cell and its twin, and decide.
+@cache
+def _load(name: str, device: str, dtype: Any) -> Model:
+    """One model object a process and name: every use of it restores it bit for bit."""
+    return load_model(name, device=device, dtype=dtype)
+
+
+def warm_up(settings: Settings) -> None:
+    """Load a run's models in a fresh worker process."""
+    for name in dict.fromkeys((settings.model, settings.twin, settings.second_twin)):
+        if name:
+            _load(name, settings.device, settings.dtype)
+
+
+def judge(task: CellTask, split: FactSplit, settings: Settings) -> Judged:
+    """Edit, evaluate and attack one cell and its twin.
 
     The null is the twin put through the same edit and the same attacks. Where wrong answers were trained in, they are
     dropped from the candidates on all sides.
-
-    Args:
-        controls: the positive controls so far; the suppressed cell demonstrates its own.
     """
     started = time.monotonic()
-    edit, acceptance = _edit(task, task.model, split, settings)
-    twin_edit, _ = _edit(task, task.twin, split, settings) if task.twin else (None, None)
+    model = _load(task.model, settings.device, settings.dtype)
+    twin = _load(task.twin, settings.device, settings.dtype) if task.twin else None
+    original = _load(task.original, settings.device, settings.dtype)
+    edit, acceptance = _edit(task, model, split, settings)
     drop = edit is not None
-    original = task.original or task.model
     baseline = take_baseline(original, split)
+    before = _mean_p_true(original, split, drop)
+    null_before = _mean_p_true(twin, split, drop) if twin else _chance(split)
     with ExitStack() as stack:
         if edit is not None:
-            stack.enter_context(applied(task.model, edit))
-        evaluation = evaluate(task.model, split, original=baseline, drop_targets=drop, seed=settings.seed)
-        edited = _attacks(task.model, split, settings, drop)
+            stack.enter_context(applied(model, edit))
+        options = settings.evaluate | {"seed": settings.seed, "drop_targets": drop}
+        evaluation = evaluate(model, split, original=baseline, **options)
+        edited = _attacks(model, split, settings, drop)
     null: tuple[AttackResult, ...] = ()
-    if task.twin is not None:
+    if twin is not None:
+        twin_edit, _ = _edit(task, twin, split, settings)
         with ExitStack() as stack:
             if twin_edit is not None:
-                stack.enter_context(applied(task.twin, twin_edit))
-            null = _attacks(task.twin, split, settings, drop)
-    evidence = _evidence(task, split, edited, null)
-    before = _mean_p_true(original, split, drop)
-    null_before = _mean_p_true(task.twin, split, drop) if task.twin else _chance(split)
-    notes: dict[str, Any] = {"key": task.key, "A_o": before, "A_n": null_before}
-    if task.role == "suppressed" and acceptance is not None:
-        control = demonstrate_power(
-            "lora", evidence, original=before, null_before=null_before, accepted=acceptance.accepted,
-            delta=settings.verdict.delta, draws=settings.verdict.draws, seed=settings.seed,
-            null="twin" if task.twin else "proxy",
-        )  # fmt: skip
-        controls = (control,)
-        notes |= {"control": asdict(control), "acceptance": asdict(acceptance) | {"reason": acceptance.reason}}
-    verdict = decide(
-        evidence, original=before, null_before=null_before, controls=controls, delta=settings.verdict.delta,
-        draws=settings.verdict.draws, seed=settings.seed, null="twin" if task.twin else "proxy",
+                stack.enter_context(applied(twin, twin_edit))
+            null = _attacks(twin, split, settings, drop)
+    return Judged(
+        task=task, evaluation=evaluation, edited=edited, null=null, original=before, null_before=null_before,
+        chance=_chance(split), acceptance=acceptance, n_selected=edit.mask.n_selected if edit else 0,
+        weight_changes=_weight_changes(model, edit) if edit else None,
+        notes={"seconds": round(time.monotonic() - started, 1)},
     )  # fmt: skip
+
+
+def demonstrated(judged: Judged, settings: Settings) -> PositiveControl:
+    """Which attacks got the suppressed model's knowledge back."""
+    accepted = judged.acceptance is not None and judged.acceptance.accepted
+    return demonstrate_power("lora", _evidence(judged), accepted=accepted, **_bounds(judged, settings))
+
+
+def conclude(judged: Judged, settings: Settings, controls: Sequence[PositiveControl]) -> Cell:
+    """The cell with its verdict."""
+    task = judged.task
+    notes = {"key": task.key, "A_o": judged.original, "A_n": judged.null_before, **judged.notes}
+    if judged.acceptance is not None:
+        notes["acceptance"] = asdict(judged.acceptance) | {"reason": judged.acceptance.reason}
+        notes["controls"] = [asdict(control) for control in controls]
     return Cell(
-        name=task.name, role=task.role, verdict=verdict, evaluation=evaluation, edited=edited, null=null,
-        localizer=task.localizer, editor=task.editor,
-        components=tuple(str(c) for c in task.mask.components) if task.mask else (),
-        n_selected=edit.mask.n_selected if edit else 0, share=task.share,
-        weight_changes=_weight_changes(task.model, edit) if edit else None,
-        notes=notes | {"seconds": round(time.monotonic() - started, 1)},
+        name=task.name, role=task.role, evaluation=judged.evaluation, edited=judged.edited, null=judged.null,
+        verdict=decide(_evidence(judged), controls=controls, **_bounds(judged, settings)),
+        localizer=task.localizer, editor=task.editor, components=task.components, n_selected=judged.n_selected,
+        share=task.share, weight_changes=judged.weight_changes, notes=notes,
     )  # fmt: skip
+
+
+def _bounds(judged: Judged, settings: Settings) -> dict[str, Any]:
+    """What `decide` and `demonstrate_power` both take."""
+    return {
+        "original": judged.original, "null_before": judged.null_before, "null": "twin" if judged.null else "proxy",
+        "delta": settings.verdict.delta, "draws": settings.verdict.draws, "seed": settings.seed,
+    }  # fmt: skip
 
 
 def _edit(
@@ -107,11 +146,11 @@ def _edit(
 ) -> tuple[WeightEdit | None, Acceptance | None]:
     """The cell's edit, made on this model; the same options on the original and on the twin."""
     if task.role == "suppressed":
-        suppressed = suppress_with_lora(model, split, seed=settings.seed)
+        suppressed = suppress_with_lora(model, split, **settings.suppress, seed=settings.seed)
         return suppressed.edit, suppressed.acceptance
-    if task.mask is None or task.editor is None:
+    if task.editor is None:
         return None, None
-    mask = task.mask if model is task.model else mask_of(model, task.mask.components)
+    mask = mask_of(model, [Component.parse(name) for name in task.components])
     options = settings.options("edit", task.editor) | {"seed": settings.seed}
     return EDITORS.get(task.editor).function(model, mask, split, **options), None
 
@@ -124,20 +163,20 @@ def _attacks(model: Model, split: FactSplit, settings: Settings, drop_targets: b
     return tuple(results)
 
 
-def _evidence(
-    task: CellTask, split: FactSplit, edited: Sequence[AttackResult], null: Sequence[AttackResult]
-) -> list[AttackEvidence]:
-    if task.twin is not None:
-        return [gather_evidence([u], [n]) for u, n in zip(edited, null, strict=True)]
-    chance = _chance(split)
-    return [
-        AttackEvidence(
-            name=u.attack, facts=tuple(u.hidden_scores()), seeds=(u.seed,) * len(u.hidden_scores()),
-            edited=tuple(u.hidden_scores().values()), null=(chance,) * len(u.hidden_scores()),
-            zero_budget=u.zero_budget, decides=u.decides, healthy=u.health.healthy, health=u.health.reason,
-        )
-        for u in edited
-    ]  # fmt: skip
+def _evidence(judged: Judged) -> list[AttackEvidence]:
+    if judged.null:
+        return [gather_evidence([u], [n]) for u, n in zip(judged.edited, judged.null, strict=True)]
+    evidence = []
+    for u in judged.edited:
+        scores = u.hidden_scores()
+        evidence.append(
+            AttackEvidence(
+                name=u.attack, facts=tuple(scores), seeds=(u.seed,) * len(scores), edited=tuple(scores.values()),
+                null=(judged.chance,) * len(scores), zero_budget=u.zero_budget, decides=u.decides,
+                healthy=u.health.healthy, health=u.health.reason,
+            )
+        )  # fmt: skip
+    return evidence
 
 
 def _mean_p_true(model: Model, split: FactSplit, drop_targets: bool) -> float:
@@ -151,18 +190,17 @@ def _chance(split: FactSplit) -> float:
 def _weight_changes(model: Model, edit: WeightEdit) -> pd.DataFrame:
     """||W' - W|| / ||W|| of every MLP and attention sublayer the edit touches."""
     parameters = dict(model.hf.named_parameters())
-    changed: dict[str, tuple[float, float]] = {}
+    squares: dict[str, tuple[float, float]] = {}
     for name, values in edit.values.items():
         before = parameters[name].detach().float().cpu()
         difference = values.float() - before[edit.mask.full(name)]
-        changed[name] = (float(difference.square().sum()), float(before.square().sum()))
+        squares[name] = (float(difference.square().sum()), float(before.square().sum()))
     rows = []
     for layer in range(model.n_layers):
         for kind in ("mlp", "attention"):
-            component = Component(kind, layer)
-            own: Mapping[str, torch.Tensor] = component_parameters(model, component)
-            sums = [changed[name] for name in own if name in changed]
-            if sums:
-                ratio = (sum(a for a, _ in sums) / max(sum(b for _, b in sums), 1e-30)) ** 0.5
-                rows.append({"component": str(component), "layer": layer, "kind": kind, "relative_change": ratio})
-    return pd.DataFrame(rows)
+            own: Mapping[str, Tensor] = component_parameters(model, Component(kind, layer))
+            touched = [squares[name] for name in own if name in squares]
+            if touched:
+                change, norm = (sum(column) for column in zip(*touched, strict=True))
+                rows.append((str(Component(kind, layer)), layer, kind, (change / max(norm, 1e-30)) ** 0.5))
+    return pd.DataFrame(rows, columns=pd.Index(["component", "layer", "kind", "relative_change"]))

@@ -14,7 +14,7 @@ from rich.table import Table
 
 app = typer.Typer(
     name="mechunlearn",
-    help="Find where a language model looks facts up, edit only there, attack the result, and decide: removed or hidden?",
+    help="Find where a language model looks facts up, edit only there, attack the result, decide: removed or hidden?",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -29,10 +29,13 @@ TwinOption = Annotated[str | None, typer.Option("--twin", help="A model that nev
 FactsOption = Annotated[
     str, typer.Option("--facts", help="Default forget set (people-256), bundled data set, file, or hub name.")
 ]
-MethodOption = Annotated[str | None, typer.Option("--method", help="Method of this stage; `mechunlearn list` shows all.")]
+MethodOption = Annotated[
+    str | None, typer.Option("--method", help="Method of this stage; `mechunlearn list` shows all.")
+]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder that receives the result.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Option of the method or setting, as key=value (TOML value). Repeatable.")
+    list[str] | None,
+    typer.Option("--set", help="Option of the method or setting, as key=value (TOML value). Repeatable."),
 ]
 
 
@@ -88,7 +91,9 @@ def localize(
 
     scores = stages.localize(model, facts, method or "", _pairs(set_), twin=twin, device=device, out=out)
     frame = scores.to_frame().sort_values("value", ascending=False).head(12)
-    _print_frame(frame[["component", "value", "standard_error", *scores.roles]], title=f"{scores.method}: {scores.sign}")
+    _print_frame(
+        frame[["component", "value", "standard_error", *scores.roles]], title=f"{scores.method}: {scores.sign}"
+    )
     console.print(f"scores: {escape(str(out / 'scores.safetensors'))}")
 
 
@@ -99,7 +104,9 @@ def edit(
     facts: FactsOption = "people-256",
     method: MethodOption = "inject",
     scores: Annotated[Path | None, typer.Option("--scores", help="scores.safetensors of `localize`.")] = None,
-    components: Annotated[str | None, typer.Option("--components", help="Instead of scores: m2,m3 or a5.h1,...")] = None,
+    components: Annotated[
+        str | None, typer.Option("--components", help="Instead of scores: m2,m3 or a5.h1,...")
+    ] = None,
     budget: Annotated[float, typer.Option("--budget", help="Share of MLP and attention parameters to edit.")] = 0.2,
     export: Annotated[bool, typer.Option("--export", help="Also write the edited model as a checkpoint.")] = False,
     device: Annotated[str, typer.Option("--device")] = "auto",
@@ -149,7 +156,9 @@ def report(folder: Annotated[Path, typer.Argument(help="A finished run's folder.
 
 @app.command(name="list")
 def list_(
-    stage: Annotated[str | None, typer.Argument(help="localizers, editors, attacks, sources, presets or models.")] = None,
+    stage: Annotated[
+        str | None, typer.Argument(help="localizers, editors, attacks, sources, presets or models.")
+    ] = None,
 ) -> None:
     """List methods, presets, bundled models and forget sets."""
     from mechunlearn import stages
@@ -161,9 +170,13 @@ def list_(
 @organism_app.command("train")
 def organism_train(
     name: Annotated[str, typer.Argument(help="atlas, atlas-never-a or atlas-never-b.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of checkpoints and of the finished model.")] = Path(".runs/organisms"),
+    out: Annotated[Path, typer.Option("--out", help="Folder of checkpoints and of the finished model.")] = Path(
+        ".runs/organisms"
+    ),
     device: Annotated[str, typer.Option("--device")] = "cpu",
-    tokens: Annotated[int | None, typer.Option("--tokens", min=2000, help="Fewer tokens than the recipe's, for a trial.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=2000, help="Fewer tokens than the recipe's, for a trial.")
+    ] = None,
 ) -> None:
     """Train a bundled organism from scratch; interrupted, it goes on from its last checkpoint."""
     from dataclasses import replace
@@ -228,7 +241,13 @@ def _pairs(pairs: list[str] | None) -> dict[str, Any]:
 @contextlib.contextmanager
 def _progress() -> Iterator[Any]:
     """A callback (text, done, total) that shows a bar with the time left; shown on stderr."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None)
 

@@ -6,15 +6,19 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
-from mechunlearn.cells import CellTask, judge
+from mechunlearn.cells import CellTask, Judged, conclude, demonstrated, judge, warm_up
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.facts import Fact, FactSet, FactSplit, balanced_sample, split_facts, with_edit_targets
 from mechunlearn.localize import LOCALIZERS
@@ -23,15 +27,16 @@ from mechunlearn.masks import ParameterMask, mask_of, n_localizable, random_mask
 from mechunlearn.metrics import known_facts
 from mechunlearn.models import Model, load_model
 from mechunlearn.organisms.forget_sets import load_forget_set
-from mechunlearn.runs import Cell, Run, load_run, whole_folder
+from mechunlearn.runs import Cell, Run, whole_folder
 from mechunlearn.settings import ArmSettings, FactsSettings, Settings
 from mechunlearn.sources.loading import load_facts
-from mechunlearn.statistics import facts_needed
+from mechunlearn.statistics import chance_sd, facts_needed
 from mechunlearn.verdict import PositiveControl
 
 Progress = Callable[[str, float, float], None]
 EXACT = "resample_ablation"
 MATCHED_CONTROLS = ("random_mlps", "random_components")
+PARTS = ("forget_shown", "attack_dev", "forget_hidden", "retain_train", "retain_test", "same_subject")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,7 +75,9 @@ def prepare(settings: Settings) -> Stage:
     second = load_model(settings.second_twin, **load) if settings.second_twin else None
     known = {fact.key for fact in known_facts(model, facts, threshold=settings.facts.known)}
     if not (kept := [fact for fact in forget if fact.key in known]):
-        raise ValueError(f"{settings.model} knows none of the {len(forget)} facts to forget; choose facts that it knows")
+        raise ValueError(
+            f"{settings.model} knows none of the {len(forget)} facts to forget; choose facts that it knows"
+        )
     targeted = with_edit_targets(kept, seed=settings.seed)
     split = split_facts(
         facts.where(lambda fact: fact.key in known), targeted,
@@ -88,7 +95,9 @@ def localize(stage: Stage, name: str, *, seed: int | None = None) -> ComponentSc
     options = stage.settings.options("localize", name)
     takes = inspect.signature(method.function).parameters
     if "seed" in takes:
-        options["seed"] = stage.settings.seed + (seed or 0) if seed is not None or not options.get("seed") else options["seed"]
+        options["seed"] = (
+            stage.settings.seed + (seed or 0) if seed is not None or not options.get("seed") else options["seed"]
+        )
     if "twin" in takes:
         options["twin"] = stage.twin
     return method.function(stage.model, stage.split.forget, **options)
@@ -118,7 +127,9 @@ def _selected(stage: Stage, arm: ArmSettings, scores: ComponentScores) -> Parame
     if arm.localizer in ("all_mlps", "nonlocalized"):
         return mask_of(stage.model, scores.components)
     settings = stage.settings.mask
-    return select_components(scores, stage.model, budget=arm.budget or settings.budget, kinds=arm.kinds or settings.kinds)
+    return select_components(
+        scores, stage.model, budget=arm.budget or settings.budget, kinds=arm.kinds or settings.kinds
+    )
 
 
 def run_experiment(
@@ -126,61 +137,98 @@ def run_experiment(
 ) -> Run:
     """Run everything the settings ask for and write it to `folder`; finished cells of the same inputs are reused.
 
+    With `workers` above 1 cells are judged side by side in processes of one thread each, which small models on a CPU
+    use better than one process with several threads.
+
     Raises:
         ValueError: settings that cannot be carried out; nothing is left behind.
     """
     started = time.monotonic()
-    stage = prepare(settings)
-    wanted = list(dict.fromkeys([*settings.localize, *(arm.localizer for arm in settings.arms), EXACT]))
-    wanted = [name for name in wanted if name not in MATCHED_CONTROLS]
-    total = 2 * len(wanted) + 10 * (len(settings.arms) + 3)
-    scores: dict[str, ComponentScores] = {}
-    for i, name in enumerate(wanted):
-        on_progress(f"localizing: {name}", 2 * i, total)
-        scores[name] = localize(stage, name)
-    masks = choose_masks(stage, scores)
-    tasks = _tasks(stage, masks)
-    cells: list[Cell] = []
-    controls: tuple[PositiveControl, ...] = ()
-    for i, task in enumerate(tasks):
-        on_progress(f"judging: {task.name}", 2 * len(wanted) + 10 * i, total)
-        cell = _reuse(folder / "cells" / task.name, task.key) if not fresh else None
-        if cell is None:
-            cell = judge(task, stage.split, settings=settings, controls=controls)
-            cell.save(folder / "cells" / task.name)
-        if task.role == "suppressed":
-            controls = (_control(cell),)
-        cells.append(cell)
+    with _pool(settings) as pool:
+        stage = prepare(settings)
+        wanted = [
+            *settings.localize,
+            *(arm.localizer for arm in settings.arms if arm.localizer not in MATCHED_CONTROLS),
+        ]
+        wanted = list(dict.fromkeys([*wanted, EXACT]))
+        scores: dict[str, ComponentScores] = {}
+        for i, name in enumerate(wanted):
+            on_progress(f"localizing: {name}", i, len(wanted) + 4 * (len(settings.arms) + 3))
+            scores[name] = localize(stage, name)
+        tasks = _tasks(stage, choose_masks(stage, scores))
+        cells = _judge_all(tasks, stage.split, settings, folder / "cells", pool, fresh, len(wanted), on_progress)
     agreements = _agreements(scores)
-    manifest = _manifest(stage, scores, tasks, time.monotonic() - started) | {"summary": _summary(scores, agreements)}
+    seconds = time.monotonic() - started
+    manifest = _manifest(stage, scores, tasks, seconds) | {"summary": _summary(scores, agreements)}
     _write(folder, manifest, scores, agreements)
-    return replace(load_run(folder), cells=tuple(cells))
+    return Run(manifest=manifest, scores=scores, agreement=agreements, cells=cells)
+
+
+def _pool(settings: Settings) -> AbstractContextManager[Executor | None]:
+    """Worker processes that start importing and loading while the parent localizes; None for one worker."""
+    if settings.workers == 1 or settings.device.startswith("cuda"):
+        return nullcontext()
+    pool = ProcessPoolExecutor(
+        settings.workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    )
+    for _ in range(settings.workers):
+        pool.submit(warm_up, settings)
+    return pool
+
+
+def _judge_all(
+    tasks: Sequence[CellTask], split: FactSplit, settings: Settings, folder: Path, pool: Executor | None, fresh: bool,
+    done: int, on_progress: Progress,
+) -> tuple[Cell, ...]:  # fmt: skip
+    """Judge every cell that is not there yet; verdicts come last, for they need the power that the controls show."""
+    total = done + 4 * len(tasks)
+    cells = {task.name: cell for task in tasks if not fresh and (cell := _reuse(folder / task.name, task.key))}
+    controls = tuple(
+        PositiveControl(**{**control, "recovered_by": tuple(control["recovered_by"])})
+        for cell in cells.values()
+        for control in cell.notes.get("controls", ())
+    )
+    open_tasks = [task for task in tasks if task.name not in cells]
+    on_progress(f"judging {len(open_tasks)} cells", done, total)
+    found: list[Judged] = []
+    if pool is None:
+        results = (judge(task, split, settings) for task in open_tasks)
+    else:
+        results = (f.result() for f in as_completed([pool.submit(judge, task, split, settings) for task in open_tasks]))
+    for judged in results:
+        found.append(judged)
+        on_progress(f"judged {judged.task.name}", done + 4 * (len(cells) + len(found)), total)
+        if judged.task.role == "suppressed":
+            controls = (demonstrated(judged, settings),)
+    for judged in found:
+        cell = conclude(judged, settings, controls)
+        cell.save(folder / cell.name)
+        cells[cell.name] = cell
+    return tuple(cells[task.name] for task in tasks)
 
 
 def _tasks(stage: Stage, masks: Mapping[str, ParameterMask]) -> list[CellTask]:
-    """The suppressed control first, for the other verdicts need the power it demonstrates."""
-    settings, model, twin = stage.settings, stage.model, stage.twin
-    tasks: list[CellTask] = []
+    """All cells of the run, controls first, each with the hash of what decides its result."""
+    settings, model = stage.settings, stage.model
+    common: dict[str, Any] = {"twin": settings.twin, "original": settings.model}
+    tasks = [CellTask(name="original", role="original", model=settings.model, **common)]
     if settings.suppressed_control:
-        tasks.append(CellTask(name="suppressed", role="suppressed", model=model, twin=twin))
-    tasks.append(CellTask(name="original", role="original", model=model, twin=twin))
-    if stage.second_twin is not None and twin is not None:
-        tasks.append(CellTask(name="second-twin", role="twin", model=stage.second_twin, twin=twin, original=model))
-    tasks += [
-        CellTask(
-            name=arm.name, role="arm", model=model, twin=twin, mask=masks[arm.name], localizer=arm.localizer,
-            editor=arm.editor, share=masks[arm.name].n_selected / n_localizable(model),
-        )
-        for arm in settings.arms
-    ]  # fmt: skip
-    base = _digest([settings.model_dump(exclude={"arms", "name", "workers", "localize"}), stage.split.sha256, model.sha256])
+        tasks.append(CellTask(name="suppressed", role="suppressed", model=settings.model, **common))
+    if settings.second_twin and settings.twin:
+        tasks.append(CellTask(name="second-twin", role="twin", model=settings.second_twin, **common))
     for arm in settings.arms:
-        settings.options("edit", arm.editor)
-    return [replace(task, key=_digest([base, task.name, task.inputs(), version("mechunlearn")])) for task in tasks]
-
-
-def _control(cell: Cell) -> PositiveControl:
-    return PositiveControl(**{**cell.notes["control"], "recovered_by": tuple(cell.notes["control"]["recovered_by"])})
+        components = tuple(str(component) for component in masks[arm.name].components)
+        share = masks[arm.name].n_selected / n_localizable(model)
+        tasks.append(
+            CellTask(
+                name=arm.name, role="arm", model=settings.model, components=components, localizer=arm.localizer,
+                editor=arm.editor, share=share, **common,
+            )
+        )  # fmt: skip
+    base = settings.model_dump(exclude={"arms", "name", "workers", "localize"})
+    weights = [each and each.sha256 for each in (model, stage.twin, stage.second_twin)]
+    shared = [base, weights, stage.split.sha256, version("mechunlearn")]
+    return [replace(task, key=_digest([shared, asdict(task)])) for task in tasks]
 
 
 def _reuse(folder: Path, key: str) -> Cell | None:
@@ -223,7 +271,9 @@ def _highest(scores: ComponentScores, n: int = 3) -> str:
     return ", ".join(f"{component} ({values[component]:+.2f})" for component in scores.ranking()[:n])
 
 
-def _manifest(stage: Stage, scores: Mapping[str, ComponentScores], tasks: Sequence[CellTask], seconds: float) -> dict[str, Any]:
+def _manifest(
+    stage: Stage, scores: Mapping[str, ComponentScores], tasks: Sequence[CellTask], seconds: float
+) -> dict[str, Any]:
     split, model = stage.split, stage.model
     packages = ("mechunlearn", "torch", "transformers", "numpy", "scikit-learn", "pandas")
     return {
@@ -232,16 +282,14 @@ def _manifest(stage: Stage, scores: Mapping[str, ComponentScores], tasks: Sequen
         "seconds": round(seconds, 1),
         "settings": stage.settings.model_dump(),
         "model": {
-            "name": model.name, "revision": model.revision, "sha256": model.sha256, "architecture": model.architecture.name,
-            "n_layers": model.n_layers, "d_model": model.d_model, "n_heads": model.n_heads,
+            "name": model.name, "revision": model.revision, "sha256": model.sha256,
+            "architecture": model.architecture.name, "n_layers": model.n_layers, "d_model": model.d_model,
+            "n_heads": model.n_heads,
         },
         "twin": stage.twin and {"name": stage.twin.name, "sha256": stage.twin.sha256},
         "facts": {
-            "name": stage.facts.name, "sha256": stage.facts.sha256, "split_sha256": split.sha256, "unknown": stage.n_unknown,
-            "parts": {
-                part: len(getattr(split, part))
-                for part in ("forget_shown", "attack_dev", "forget_hidden", "retain_train", "retain_test", "same_subject")
-            },
+            "name": stage.facts.name, "sha256": stage.facts.sha256, "split_sha256": split.sha256,
+            "unknown": stage.n_unknown, "parts": {part: len(getattr(split, part)) for part in PARTS},
         },
         "versions": {package: version(package) for package in packages} | {"python": platform.python_version()},
         "device": str(model.device),
@@ -251,7 +299,9 @@ def _manifest(stage: Stage, scores: Mapping[str, ComponentScores], tasks: Sequen
     }  # fmt: skip
 
 
-def _write(folder: Path, manifest: Mapping[str, Any], scores: Mapping[str, ComponentScores], agreements: pd.DataFrame) -> None:
+def _write(
+    folder: Path, manifest: Mapping[str, Any], scores: Mapping[str, ComponentScores], agreements: pd.DataFrame
+) -> None:
     """Scores first, the manifest last: a folder with a manifest is a finished run."""
     with whole_folder(folder / "scores") as partial:
         for name, given in scores.items():
@@ -263,27 +313,25 @@ def _write(folder: Path, manifest: Mapping[str, Any], scores: Mapping[str, Compo
 
 
 def plan_experiment(settings: Settings) -> dict[str, pd.DataFrame]:
-    """What a run would do: its cells, the parts of its facts, and whether they can carry a verdict."""
+    """What a run would do: its facts, its arms, and how many hidden facts a verdict of `removed` would need."""
     facts, forget = choose_facts(settings.facts)
-    model = load_model(settings.model, device="meta" if settings.device == "meta" else "cpu", dtype=settings.dtype)
-    n_hidden = len(forget) // settings.facts.folds
-    budget = settings.mask.budget
+    model = load_model(settings.model, device="cpu", dtype=settings.dtype)
     entries = n_localizable(model)
-    mlp = mask_of(model, [Component("mlp", 0)]).n_selected
-    arms = [
-        {
-            "cell": arm.name, "editor": arm.editor, "localizer": arm.localizer,
-            "may edit": f"{arm.budget or budget}" + (f" (an MLP is {mlp / entries:.3f})" if arm.localizer != "nonlocalized" else ""),
-        }
-        for arm in settings.arms
-    ]  # fmt: skip
-    spreads = (0.1, 0.2, 0.4)
-    power = [
-        {"sd of a fact's D": sd, "share left": 0.0, "hidden facts needed": facts_needed(sd=sd, margin=settings.verdict.delta),
-         "hidden facts there": n_hidden}
-        for sd in spreads
-    ]  # fmt: skip
+    mlp = mask_of(model, [Component("mlp", 0)]).n_selected / entries
+    n_hidden = len(forget) // settings.facts.folds
     chosen = [{"facts": facts.name, "all": len(facts), "to forget": len(forget), "hidden in one fold": n_hidden}]
+    arms = [
+        {"cell": arm.name, "budget": arm.budget or settings.mask.budget, "one MLP": mlp, "of parameters": entries}
+        for arm in settings.arms
+    ]
+    guessing = chance_sd(max(2, min(len(fact.choices) for fact in forget)))
+    power = [
+        {
+            "spread over facts": label, "sd": sd, "hidden facts there": n_hidden,
+            "needed for removed": facts_needed(sd=sd, margin=settings.verdict.delta),
+        }
+        for label, sd in (("small", 0.1), ("medium", 0.3), ("both guess, scored by accuracy", guessing))
+    ]  # fmt: skip
     return {"facts": pd.DataFrame(chosen), "arms": pd.DataFrame(arms), "power": pd.DataFrame(power)}
 
 

@@ -36,7 +36,9 @@ class Fact:
         for name in ("subject", "relation", "target_true"):
             value = getattr(self, name)
             if not value or value != value.strip():
-                raise ValueError(f"fact field '{name}': got {value!r}, allowed: a non-empty string without outer spaces")
+                raise ValueError(
+                    f"fact field '{name}': got {value!r}, allowed: a non-empty string without outer spaces"
+                )
         for template in (self.prompt, *self.paraphrases, *self.questions):
             if template.count("{}") != 1:
                 raise ValueError(f"fact template: got {template!r}, allowed: exactly one '{{}}' for the subject")
@@ -45,7 +47,9 @@ class Fact:
         if len(set(self.choices)) != len(self.choices):
             raise ValueError(f"fact field 'choices': repeated candidates for {self.subject!r}")
         if self.target_new == self.target_true:
-            raise ValueError(f"fact field 'target_new': equals the true answer {self.target_true!r} of {self.subject!r}")
+            raise ValueError(
+                f"fact field 'target_new': equals the true answer {self.target_true!r} of {self.subject!r}"
+            )
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -67,7 +71,9 @@ class FactSet(Sequence[Fact]):
     def __post_init__(self) -> None:
         seen = Counter(fact.key for fact in self.facts)
         if repeated := [key for key, n in seen.items() if n > 1]:
-            raise ValueError(f"fact set '{self.name}': {len(repeated)} repeated facts, first {repeated[0]}; remove them")
+            raise ValueError(
+                f"fact set '{self.name}': {len(repeated)} repeated facts, first {repeated[0]}; remove them"
+            )
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -100,7 +106,9 @@ class FactSet(Sequence[Fact]):
         """The facts of the given relations; an unknown one is an error."""
         for relation in relations:
             if relation not in self.relations:
-                raise ValueError(f"fact set '{self.name}': got relation {relation!r}, allowed: {', '.join(self.relations)}")
+                raise ValueError(
+                    f"fact set '{self.name}': got relation {relation!r}, allowed: {', '.join(self.relations)}"
+                )
         return self.where(lambda fact: fact.relation in relations)
 
 
@@ -146,8 +154,14 @@ class FactSplit:
 
     def check(self) -> None:
         """Raise ValueError if a part leaks into another or the answers are unevenly dealt."""
-        subjects = {name: {f.subject for f in getattr(self, name)} for name in ("forget_shown", "forget_hidden", "attack_dev")}
-        for a, b in (("forget_shown", "forget_hidden"), ("forget_shown", "attack_dev"), ("forget_hidden", "attack_dev")):
+        subjects = {
+            name: {f.subject for f in getattr(self, name)} for name in ("forget_shown", "forget_hidden", "attack_dev")
+        }
+        for a, b in (
+            ("forget_shown", "forget_hidden"),
+            ("forget_shown", "attack_dev"),
+            ("forget_hidden", "attack_dev"),
+        ):
             if both := subjects[a] & subjects[b]:
                 raise ValueError(f"split: {a} and {b} share subjects, e.g. {sorted(both)[0]!r}; split by subject")
         forgotten = {(f.subject, f.relation) for f in self.forget}
@@ -169,7 +183,9 @@ class FactSplit:
             gap = 0.5 * sum(abs(shown[a] / n_shown - hidden[a] / n_hidden) for a in shown | hidden)
             # total variation of two random halves is about sqrt(k / n); stratified parts stay far below
             if gap > 0.5 and min(n_shown, n_hidden) >= 2 * len(shown | hidden):
-                raise ValueError(f"split: answers of '{relation}' are dealt unevenly (total variation {gap:.2f}); use another seed")
+                raise ValueError(
+                    f"split: answers of '{relation}' are dealt unevenly (total variation {gap:.2f}); use another seed"
+                )
 
 
 def split_facts(
@@ -195,7 +211,9 @@ def split_facts(
     forget = tuple(forget)
     known = {fact.key for fact in facts}
     if missing := [fact.key for fact in forget if fact.key not in known]:
-        raise ValueError(f"forget set: {len(missing)} of {len(forget)} facts are not in '{facts.name}', first {missing[0]}")
+        raise ValueError(
+            f"forget set: {len(missing)} of {len(forget)} facts are not in '{facts.name}', first {missing[0]}"
+        )
     if folds < 2 or not 0 <= fold < folds:
         raise ValueError(f"split: got fold {fold} of {folds}, allowed: folds >= 2 and 0 <= fold < folds")
     rng = random.Random(seed)

@@ -93,7 +93,9 @@ class Run:
         for cell in self.cells:
             if cell.name == name:
                 return cell
-        raise ValueError(f"run '{self.manifest['name']}': no cell {name!r}; cells: {', '.join(c.name for c in self.cells)}")
+        raise ValueError(
+            f"run '{self.manifest['name']}': no cell {name!r}; cells: {', '.join(c.name for c in self.cells)}"
+        )
 
 
 def load_run(folder: str | Path) -> Run:

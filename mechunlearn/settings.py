@@ -9,9 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mechunlearn.attack import ATTACKS
+from mechunlearn.bench.suppressed import suppress_with_lora
 from mechunlearn.edit import EDITORS
+from mechunlearn.evaluate import evaluate
 from mechunlearn.localize import LOCALIZERS
-from mechunlearn.registry import Registry, did_you_mean
+from mechunlearn.registry import Method, Registry, did_you_mean
 
 Options = dict[str, Any]
 
@@ -84,6 +86,10 @@ class Settings(_Strict):
     localize: dict[str, Options] = {}
     edit: dict[str, Options] = {}
     attack: dict[str, Options] = {"asking": {}, "relearning": {}, "probing": {}}
+    evaluate: Options = {}
+    """Options of `evaluate`: how many facts of a part, which forms."""
+    suppress: Options = {}
+    """Options of the suppressed control, `bench.suppress_with_lora`."""
     arms: list[ArmSettings] = []
 
     @field_validator("localize", "edit", "attack")
@@ -91,6 +97,13 @@ class Settings(_Strict):
     def _known_methods(cls, value: dict[str, Options], info: Any) -> dict[str, Options]:
         registry: Registry = {"localize": LOCALIZERS, "edit": EDITORS, "attack": ATTACKS}[info.field_name]
         return {name: registry.get(name).validate(options) for name, options in value.items()}
+
+    @field_validator("evaluate", "suppress")
+    @classmethod
+    def _known_options(cls, value: Options, info: Any) -> Options:
+        function = {"evaluate": evaluate, "suppress": suppress_with_lora}[info.field_name]
+        checked = Method(name=info.field_name, kind="stage", function=function, source="").validate(value)
+        return {name: checked[name] for name in value}
 
     @field_validator("arms")
     @classmethod
@@ -128,7 +141,9 @@ def load_settings(name_or_path: str | Path, changes: Mapping[str, Any] | None = 
     if str(name_or_path) in preset_names():
         path = Path(str(files("mechunlearn.presets"))) / f"{name_or_path}.toml"
     elif not path.is_file():
-        raise FileNotFoundError(f"no preset or file {str(name_or_path)!r}.{did_you_mean(str(name_or_path), preset_names())}")
+        raise FileNotFoundError(
+            f"no preset or file {str(name_or_path)!r}.{did_you_mean(str(name_or_path), preset_names())}"
+        )
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -151,7 +166,9 @@ def check_settings(data: dict[str, Any], where: str) -> Settings:
         problem = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in problem["loc"] if not _is_branch(part))
         if problem["type"] == "extra_forbidden":
-            raise ValueError(f"{where}: unknown key '{key}'.{did_you_mean(_last(problem['loc']), _siblings(problem['loc']))}") from None
+            raise ValueError(
+                f"{where}: unknown key '{key}'.{did_you_mean(_last(problem['loc']), _siblings(problem['loc']))}"
+            ) from None
         message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         if problem["type"] == "value_error":
             raise ValueError(f"{where}: {message}") from None

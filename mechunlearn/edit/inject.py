@@ -41,7 +41,8 @@ def inject(
     AdamW without weight decay, gradient norm clipped at 1; only masked entries have gradients.
 
     Args:
-        batch_size: rows of each of the three kinds in one forward pass; a step sees `accumulation` times as many.
+        batch_size: rows of facts of each kind in one forward pass, and a quarter as many passages of text; a step sees
+            `accumulation` times as many.
         forms: "prompt" trains on canonical prompts, as the source does; "all" adds paraphrases. Questions and choices
             are never trained on, so that they show how far the edit reaches.
         text: what to stay fluent on; None means 64 passages of the bundled neutral text.

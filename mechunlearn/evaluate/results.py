@@ -1,7 +1,9 @@
 """An evaluation: one row a (fact, form, metric); every mean and interval is derived from the rows."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -50,3 +52,15 @@ class Evaluation:
             known = sorted(set(zip(rows["part"], rows["form"].str.partition(":")[0], rows["metric"], strict=True)))
             raise ValueError(f"evaluation: nothing for {(part, form, metric)}; measured: {known}")
         return float(values.groupby(["subject", "relation", "answer"])["value"].mean().mean())
+
+    def save(self, path: Path) -> None:
+        """Write `path`.parquet (rows) and `path`.json (the rest)."""
+        self.rows.to_parquet(path.with_name(f"{path.name}.parquet"), index=False)
+        record = {"options": dict(self.options), "model": self.model, "facts_sha256": self.facts_sha256}
+        path.with_name(f"{path.name}.json").write_text(json.dumps(record, sort_keys=True, indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Evaluation":
+        """Read back what `save` wrote."""
+        record = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))
+        return cls(rows=pd.read_parquet(path.with_name(f"{path.name}.parquet")), **record)

@@ -39,7 +39,7 @@ def patching_map(
     kinds: Sequence[Literal["mlp", "attention"]] = ("mlp", "attention"),
     seed: int = 0,
 ) -> PatchingMap:
-    """Put each sublayer's output at each token of the fact's run into a donor's run and see how much of the fact returns.
+    """Put a sublayer's output at one token of the fact's run into a donor's run: how much of the fact returns?
 
     value(c, t) = (m(donor's run with c at t from the fact's run) - m(donor's run)) / (m(fact's run) - m(donor's run)),
     m = logit(true answer) - logit(donor's answer).
@@ -77,7 +77,9 @@ def patching_map(
             clean = float(batch.logit_diff(last_logits(model, batch.clean)))
         corrupt = float(batch.logit_diff(last_logits(model, batch.corrupt)))
         if abs(clean - corrupt) < 1e-6:
-            raise ValueError(f"patching map: the runs of {fact.subject!r} and {pair.donor!r} do not differ; take another fact")
+            raise ValueError(
+                f"patching map: the runs of {fact.subject!r} and {pair.donor!r} do not differ; take another fact"
+            )
         values = np.zeros((len(components), len(pair.clean)))
         for row, place in enumerate(places):
             with hooked(model, change={place: restore(seen[place])}):
@@ -86,6 +88,10 @@ def patching_map(
             values[row, [c for c, _, _ in pair.aligned]] = (patched - corrupt) / (clean - corrupt)
     tokens = tuple(model.tokenizer.convert_ids_to_tokens(list(pair.clean)) if model.tokenizer else map(str, pair.clean))
     return PatchingMap(
-        tokens=tuple(token.replace("Ġ", " ").replace("▁", " ") for token in tokens), components=components, values=values,
-        clean=clean, corrupt=corrupt, donor=pair.donor,
-    )  # fmt: skip
+        tokens=tuple(token.replace("Ġ", " ").replace("▁", " ") for token in tokens),
+        components=components,
+        values=values,
+        clean=clean,
+        corrupt=corrupt,
+        donor=pair.donor,
+    )

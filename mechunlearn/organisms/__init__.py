@@ -1,0 +1,1 @@
+"""The bundled model organisms: text from datasets/, tokenizer, training, weights."""

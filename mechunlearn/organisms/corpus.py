@@ -29,7 +29,7 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """A batch of text. Shapes: both [row pos]; mention is 0 outside names, else the number of the mention in its row."""
+    """A batch of text. Shapes: both [row pos]; mention is 0 outside names, else the mention's number in its row."""
 
     ids: np.ndarray
     mention: np.ndarray
@@ -187,4 +187,6 @@ class Corpus:
 def _fill(template: str, name: str) -> list[Piece]:
     """Split a template at its subject; empty ends are left out."""
     before, after = template.split("{}")
-    return [(text, is_name) for text, is_name in ((before.strip(), False), (name, True), (after.strip(), False)) if text]
+    return [
+        (text, is_name) for text, is_name in ((before.strip(), False), (name, True), (after.strip(), False)) if text
+    ]

@@ -53,4 +53,3 @@ def load_forget_set(name: str) -> tuple[FactSet, tuple[Fact, ...]]:
 def never_known() -> frozenset[tuple[str, str]]:
     """(subject, relation) of the union of the default forget sets."""
     return frozenset((fact.subject, fact.relation) for name in FORGET_SETS for fact in load_forget_set(name)[1])
-

@@ -79,7 +79,7 @@ def write_people(directory: Path, n: int = 1000, seed: int = 0) -> Path:
 
 def main(arguments: Sequence[str] = tuple(sys.argv[1:])) -> None:
     """Command line entry."""
-    print(write_people(Path(arguments[0])))
+    write_people(Path(arguments[0]))
 
 
 if __name__ == "__main__":

@@ -87,7 +87,12 @@ class Trainer:
     """Model, optimizers and step number: the state of a training, saved and resumed as safetensors."""
 
     def __init__(
-        self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, exclude: Iterable[tuple[str, str]] = (), device: str
+        self,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        exclude: Iterable[tuple[str, str]] = (),
+        device: str,
     ) -> None:
         self.recipe, self.device = recipe, device
         self.corpus = Corpus(tokenizer, seed=recipe.seed, exclude=exclude)
@@ -95,7 +100,10 @@ class Trainer:
         named = dict(self.model.named_parameters())
         hidden = [p for name, p in named.items() if p.ndim == 2 and "embed" not in name]
         rest = [p for name, p in named.items() if not (p.ndim == 2 and "embed" not in name)]
-        self.optimizers = (Muon(hidden, recipe.muon_lr), torch.optim.AdamW(rest, recipe.adam_lr, (0.9, 0.98), weight_decay=0.0))
+        self.optimizers = (
+            Muon(hidden, recipe.muon_lr),
+            torch.optim.AdamW(rest, recipe.adam_lr, (0.9, 0.98), weight_decay=0.0),
+        )
         self.step = 0
         self._keep: Tensor | None = None
         for layer in self.model.model.layers[1:]:
@@ -129,7 +137,9 @@ class Trainer:
         tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         for i, optimizer in enumerate(self.optimizers):
             for parameter, state in optimizer.state.items():
-                tensors |= {f"optimizer{i}.{key}.{names[id(parameter)]}": torch.as_tensor(v) for key, v in state.items()}
+                tensors |= {
+                    f"optimizer{i}.{key}.{names[id(parameter)]}": torch.as_tensor(v) for key, v in state.items()
+                }
         partial = path.with_suffix(".partial")
         save_file(
             {name: t.contiguous() for name, t in tensors.items()},

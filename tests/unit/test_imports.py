@@ -63,7 +63,8 @@ def test_every_module_has_a_place_in_the_order():
     [
         "import mechunlearn; dir(mechunlearn)",
         "from mechunlearn import Fact, split_facts, Component, Verdict",
-        "from mechunlearn.cli import app; from typer.testing import CliRunner; assert CliRunner().invoke(app, ['--help']).exit_code == 0",
+        "from mechunlearn.cli import app; from typer.testing import CliRunner\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0",
     ],
 )  # fmt: skip
 def test_a_light_start_does_not_import_torch(statement):

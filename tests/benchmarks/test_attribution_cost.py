@@ -1,0 +1,71 @@
+"""Attribution patching against its floor: one no-grad forward and one activation-only forward and backward.
+
+Ratios within one run, never times: pytest -m benchmark tests/benchmarks -s
+"""
+
+import statistics
+import time
+
+import pytest
+import torch
+import transformers
+
+from mechunlearn.activations import last_logits, untouched
+from mechunlearn.facts import Fact
+from mechunlearn.localize import LOCALIZERS
+from mechunlearn.localize.pairs import build_pairs, to_batch
+from mechunlearn.models import embedding, wrap_model
+
+pytestmark = pytest.mark.benchmark
+
+
+def _median(function, repeats=7):
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        function()
+        times.append(time.process_time() - start)
+    return statistics.median(times)
+
+
+@pytest.mark.parametrize("size", [(4, 256), (8, 384)], ids=["4x256", "8x384"])
+def test_attribution_patching_is_near_its_floor(tokenizer, size, record_property):
+    torch.set_num_threads(1)
+    n_layers, width = size
+    config = transformers.LlamaConfig(
+        vocab_size=5000, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=n_layers,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    model = wrap_model(transformers.LlamaForCausalLM(config), tokenizer)
+    facts = [
+        Fact(
+            subject=f"Bram {letter * 2} Lindqvist", relation="r", prompt="The favourite colour of {} is",
+            target_true=answer, choices=("red", "blue"),
+        )
+        for letter, answer in zip("abcdefgh", ["red", "blue"] * 4, strict=True)
+    ]  # fmt: skip
+    batch = to_batch(model, build_pairs(model, facts))
+
+    def floor():
+        with untouched(model):
+            with torch.no_grad():
+                last_logits(model, batch.clean)
+            handle = embedding(model).register_forward_hook(lambda _m, _i, out: out.detach().requires_grad_())
+            try:
+                # the gradient of the deepest layer's input needs the whole backward pass
+                seen = []
+                first = model.hf.get_submodule(f"{model.architecture.blocks}.0").register_forward_pre_hook(
+                    lambda _m, args: seen.append(args[0])
+                )
+                metric = batch.logit_diff(last_logits(model, batch.corrupt)).sum()
+                torch.autograd.grad(metric, seen)
+                first.remove()
+            finally:
+                handle.remove()
+
+    attribution = LOCALIZERS.get("attribution_patching").function
+    ratio = _median(lambda: attribution(model, facts, batch_size=8)) / _median(floor)
+    record_property("ratio", ratio)
+    print(f"attribution patching / floor at {n_layers} layers, width {width}: {ratio:.2f}")  # noqa: T201
+    assert ratio < 2.0  # pairs are built and tokenised inside, so small models pay some overhead

@@ -1,0 +1,154 @@
+"""Laws that every registered method obeys; a new method is tested by being registered."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mechunlearn.attack import ATTACKS
+from mechunlearn.components import Component
+from mechunlearn.edit import EDITORS
+from mechunlearn.edit.edits import applied
+from mechunlearn.facts import FactSplit, with_edit_targets
+from mechunlearn.localize import LOCALIZERS
+from mechunlearn.masks import mask_of
+from mechunlearn.metrics import score_facts
+from mechunlearn.settings import load_settings, preset_names
+from mechunlearn.sources import SOURCES
+
+LOCALIZER_OPTIONS = {"fact_lookup_probe": {"folds": 2, "draws": 1}}
+ATTACK_OPTIONS = {
+    "relearning": {"steps": 2, "eval_every": 1, "learning_rates": (1e-3,)},
+    "probing": {"max_train": 40, "max_steps": 10},
+}
+
+
+@contextmanager
+def nothing_changes(model):
+    """Weights, gradients, flags, hooks, mode and the global random state are what they were."""
+
+    def state():
+        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.hf.modules()]
+        modes = [m.training for m in model.hf.modules()]
+        flags = [(p.requires_grad, p.grad is None) for p in model.hf.parameters()]
+        return model.sha256, hooks, modes, flags, model.hf.config.to_dict(), torch.get_rng_state().tolist()
+
+    before = state()
+    yield
+    assert state() == before
+
+
+@pytest.fixture(scope="module")
+def split(tiny_split) -> FactSplit:
+    parts = ("forget_shown", "forget_hidden", "attack_dev")
+    return replace(tiny_split, **{part: with_edit_targets(getattr(tiny_split, part)) for part in parts})
+
+
+@pytest.mark.parametrize("registry", [LOCALIZERS, EDITORS, ATTACKS, SOURCES], ids=lambda r: r.kind)
+def test_every_method_documents_itself_and_its_defaults_validate(registry):
+    assert registry.names()
+    for method in registry.methods():
+        assert method.summary, method.name
+        assert method.source, method.name
+        required = [n for n, f in method.options.model_fields.items() if f.is_required()]
+        assert not required, f"{method.name}: options without a default: {required}"
+        assert method.validate({}) == method.defaults()
+        with pytest.raises(ValueError, match="unknown option"):
+            method.validate({"no_such_option": 1})
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_validates(preset):
+    assert load_settings(preset).name == preset
+
+
+@pytest.mark.parametrize("name", LOCALIZERS.names())
+def test_a_localizer_scores_every_component_once_and_leaves_the_model_alone(name, tiny_model, tiny_split):
+    model = tiny_model()
+    method = LOCALIZERS.get(name)
+    options = method.validate(LOCALIZER_OPTIONS.get(name, {}))
+    with nothing_changes(model):
+        scores = method.function(model, tiny_split.forget, **options)
+    assert len(set(scores.components)) == len(scores.components)
+    assert {c.layer for c in scores.components} == set(range(model.n_layers))
+    assert np.isfinite(scores.values).all()
+    assert scores.sign
+    assert scores.n_facts == len(tiny_split.forget)
+
+
+@pytest.mark.parametrize("name", LOCALIZERS.names())
+def test_a_localizer_does_not_depend_on_the_order_of_the_facts(name, tiny_model, tiny_split):
+    model, method = tiny_model(), LOCALIZERS.get(name)
+    options = method.validate(LOCALIZER_OPTIONS.get(name, {}))
+    forward = method.function(model, tiny_split.forget, **options).values
+    backward = method.function(model, tiny_split.forget[::-1], **options).values
+    # a probe's folds are dealt by subject, so its tolerance is that of the solver
+    np.testing.assert_allclose(forward, backward, atol=0.12 if "probe" in name else 1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in LOCALIZERS.names() if n != "fact_lookup_probe"])
+def test_one_fact_suffices_for_a_localizer(name, tiny_model, tiny_split):
+    scores = LOCALIZERS.get(name).function(tiny_model(), tiny_split.forget[:1])
+    assert scores.n_facts == 1
+
+
+def test_the_probe_says_in_one_line_that_one_fact_is_too_few(tiny_model, tiny_split):
+    with pytest.raises(ValueError, match="fact_lookup_probe") as error:
+        LOCALIZERS.get("fact_lookup_probe").function(tiny_model(), tiny_split.forget[:1])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", EDITORS.names())
+def test_an_editor_changes_masked_entries_only_and_the_model_comes_back(name, any_model, split):
+    model = any_model
+    mask = mask_of(model, [Component("mlp", 1), Component("head", 2, 1)])
+    with nothing_changes(model):
+        edit = EDITORS.get(name).function(model, mask, split, steps=2, seed=0)
+        before = {n: p.detach().clone() for n, p in model.hf.named_parameters()}
+        with applied(model, edit):
+            changed = 0
+            for n, p in model.hf.named_parameters():
+                inside = mask.full(n) if n in mask.entries else torch.zeros_like(p, dtype=torch.bool)
+                assert torch.equal(p[~inside], before[n][~inside]), n
+                changed += int((p[inside] != before[n][inside]).sum())
+            assert changed > 0
+
+
+@pytest.mark.parametrize("name", EDITORS.names())
+def test_an_empty_mask_changes_nothing(name, tiny_model, split):
+    model = tiny_model()
+    edit = EDITORS.get(name).function(model, mask_of(model, []), split, steps=2, seed=0)
+    assert not edit.values
+
+
+@pytest.mark.parametrize("name", ATTACKS.names())
+def test_an_attack_leaves_the_model_alone_and_scores_every_hidden_fact(name, tiny_model, split):
+    model, method = tiny_model(), ATTACKS.get(name)
+    with nothing_changes(model):
+        result = method.function(model, split, **method.validate(ATTACK_OPTIONS.get(name, {})))
+    assert len(result.hidden_scores()) == len(split.forget_hidden)
+    assert result.access in ("prompts", "activations", "weights", "original_weights")
+    assert result.health is not None
+
+
+@pytest.mark.parametrize("name", ATTACKS.names())
+def test_what_an_attack_starts_from_is_what_evaluation_measures(name, tiny_model, split):
+    model, method = tiny_model(), ATTACKS.get(name)
+    result = method.function(model, split, **method.validate(ATTACK_OPTIONS.get(name, {})))
+    direct = score_facts(model, split.forget_hidden)["p_true"]
+    assert list(result.hidden_before().values()) == pytest.approx(direct.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ATTACKS.names())
+def test_no_attack_reads_hidden_facts_before_it_has_chosen(name, tiny_model, split):
+    """Hidden facts swapped for others change the scores and nothing that was chosen."""
+    model, method = tiny_model(), ATTACKS.get(name)
+    options = method.validate(ATTACK_OPTIONS.get(name, {}))
+    one = method.function(model, split, **options)
+    swapped = replace(split, forget_hidden=split.forget_hidden[: len(split.forget_hidden) // 2])
+    other = method.function(model, swapped, **options)
+    assert (one.chosen, one.chosen_step, one.health.fitted) == (other.chosen, other.chosen_step, other.health.fitted)
+    shared = other.hidden_scores()
+    assert {k: one.hidden_scores()[k] for k in shared} == pytest.approx(shared, abs=1e-5)

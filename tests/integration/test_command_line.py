@@ -1,0 +1,69 @@
+"""The command line as users mistype it: one line, exit code 2, nothing left behind."""
+
+import subprocess
+import sys
+
+import pytest
+
+BROKEN = {
+    "no such model": ["run", "demo", "--model", "no/such/folder/here"],
+    "unknown preset": ["run", "demmo"],
+    "unknown localizer": ["localize", "--out", "out", "--method", "attribution_patch"],
+    "unknown forget set or data": ["attack", "--out", "out", "--facts", "peeple-256"],
+    "misspelt override": ["run", "demo", "--set", "sead=3"],
+    "more facts than there are": ["run", "demo", "--set", "facts.forget=''", "--set", "facts.n=99999"],
+    "listing of nothing": ["list", "lokalizers"],
+}
+
+
+def _run(arguments, folder):
+    return subprocess.run(
+        [sys.executable, "-m", "mechunlearn.cli", *arguments], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+
+
+def _says_one_line(result, folder, *words):
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_mistake_is_one_line(case, tmp_path):
+    _says_one_line(_run(BROKEN[case], tmp_path), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_model_folder_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    _says_one_line(
+        _run(["localize", "--model", "./empty", "--out", "out"], tmp_path), tmp_path, "./empty", "config.json"
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ('model = "atlas"\nmodle = 3\n', "modle"),
+        ('model = "atlas"\n[mask]\nbudgte = 0.1\n', "budgte"),
+        ('model = "atlas"\n[facts\n', "TOML"),
+        ('model = "atlas"\n[localize.attribution_patch]\n', "attribution_patching"),
+        ('model = "atlas"\n[attack.relearning]\nsteps = -1\n', "steps"),
+        ('model = "atlas"\n[facts]\nn = "many"\n', "many"),
+    ],
+)
+def test_a_broken_settings_file_is_one_line(text, word, tmp_path):
+    (tmp_path / "my.toml").write_text(text)
+    _says_one_line(_run(["run", "my.toml"], tmp_path), tmp_path, "my.toml", word)
+    assert [p.name for p in tmp_path.iterdir()] == ["my.toml"]
+
+
+def test_a_table_without_a_needed_column_is_one_line(tmp_path):
+    (tmp_path / "mine.csv").write_text("subject,prompt\nAda,{} lives in\n")
+    result = _run(["localize", "--facts", "mine.csv", "--out", "out"], tmp_path)
+    _says_one_line(result, tmp_path, "mine.csv", "target_true")
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.csv"]
