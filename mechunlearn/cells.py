@@ -52,6 +52,7 @@ class Judged:
     evaluation: Evaluation
     edited: tuple[AttackResult, ...]
     null: tuple[AttackResult, ...]
+    """Empty for a second twin, which shares the original's."""
     original: float
     """Mean P(true | candidates) on the hidden facts before attacks, of the original (A_o) ..."""
     null_before: float
@@ -98,7 +99,9 @@ def judge(task: CellTask, split: FactSplit, settings: Settings) -> Judged:
         evaluation = evaluate(model, split, original=baseline, **options)
         edited = _attacks(model, split, settings, drop)
     null: tuple[AttackResult, ...] = ()
-    if twin is not None:
+    if (
+        twin is not None and task.role != "twin"
+    ):  # a second twin is judged against the unedited first, as the original is
         twin_edit, _ = _edit(task, twin, split, settings)
         with ExitStack() as stack:
             if twin_edit is not None:

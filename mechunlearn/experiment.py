@@ -200,7 +200,11 @@ def _judge_all(
         on_progress(f"judged {judged.task.name}", done + 4 * (len(cells) + len(found)), total)
         if judged.task.role == "suppressed":
             controls = (demonstrated(judged, settings),)
+    unedited = next(
+        (j.null for j in found if j.task.role == "original"), cells["original"].null if "original" in cells else ()
+    )
     for judged in found:
+        judged = replace(judged, null=unedited) if judged.task.role == "twin" else judged
         cell = conclude(judged, settings, controls)
         cell.save(folder / cell.name)
         cells[cell.name] = cell

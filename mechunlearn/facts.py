@@ -9,6 +9,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import overload
 
 
@@ -93,7 +94,7 @@ class FactSet(Sequence[Fact]):
         """Relation names in order of first appearance."""
         return tuple(dict.fromkeys(fact.relation for fact in self.facts))
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of every field of every fact, in order."""
         return hash_facts(self.facts)
@@ -147,7 +148,7 @@ class FactSplit:
         """All facts the editor is to remove."""
         return (*self.forget_shown, *self.attack_dev, *self.forget_hidden)
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of all parts, in order."""
         return hash_facts((*self.forget, *self.retain_train, *self.retain_test, *self.same_subject))

@@ -3,6 +3,7 @@
 Features are standardised on the training rows, so that the solver converges and one regularization fits all layers.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -10,7 +11,9 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 
 from mechunlearn.activations import Place, hooked, last_logits, pad, untouched
 from mechunlearn.facts import Fact
@@ -75,7 +78,11 @@ def fit_probe(
         # a constant feature carries nothing; dividing by its rounding error would make it carry noise
         scale[scale <= 1e-6 * np.abs(mean) + 1e-12] = 1.0
     solver = LogisticRegression(C=1 / regularization, max_iter=max_steps, random_state=seed)
-    solver.fit((features - mean) / scale, np.asarray(labels))
+    # matrices this small lose a factor of ten to BLAS threads waiting for each other
+    with warnings.catch_warnings(), threadpool_limits(1):
+        # stopping early only regularises a little more; a probe that does not fit is caught by its accuracy
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        solver.fit((features - mean) / scale, np.asarray(labels))
     weight, bias = solver.coef_, np.asarray(solver.intercept_)
     if len(weight) == 1:  # sklearn keeps one row for two classes: logit(1) - logit(0)
         weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])

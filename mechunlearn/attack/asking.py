@@ -20,6 +20,7 @@ def asking(
     model: Model,
     split: FactSplit,
     *,
+    report_all_forms: bool = True,
     drop_targets: bool = False,
     batch_size: Annotated[int, Field(ge=1)] = 256,
     seed: int = 0,
@@ -31,6 +32,7 @@ def asking(
     scale first: p' = c + (1 - c) (p - 1/4) / (1 - 1/4), with c the chance level of the fact's own candidates.
 
     Args:
+        report_all_forms: also score the hidden facts in the forms that were not chosen, for the report.
         drop_targets: leave `target_new` out of the candidates (for injections, on edited model and twin alike).
         batch_size: rows a forward pass.
         seed: draws the options of multiple choice.
@@ -41,7 +43,7 @@ def asking(
     Raises:
         ValueError: the dev or the hidden part is empty, or a fact has fewer than two candidates.
     """
-    options = {"drop_targets": drop_targets, "batch_size": batch_size}
+    options = {"report_all_forms": report_all_forms, "drop_targets": drop_targets, "batch_size": batch_size}
     if not split.attack_dev:
         raise ValueError("asking: attack_dev is empty; split with a dev part")
 
@@ -60,7 +62,7 @@ def asking(
     if not hidden:
         raise ValueError("asking: forget_hidden is empty; there is nothing to recover")
     rows = []
-    for form in common:
+    for form in common if report_all_forms else dict.fromkeys(("prompt", chosen)):
         able = [fact for fact in hidden if form in forms(fact)]
         if form == chosen:  # the deciding form must score every hidden fact: ask the others by their prompt
             other = [fact for fact in hidden if form not in forms(fact)]

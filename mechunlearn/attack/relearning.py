@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechunlearn.attack import ATTACKS
 from mechunlearn.attack.results import AttackResult, Health, fact_rows
-from mechunlearn.edit.losses import Forms, Term, answer_loss, batches, fact_tokens, weighted_sum
+from mechunlearn.edit.losses import Forms, Term, answer_loss, batches, fact_tokens, joined, weighted_sum
 from mechunlearn.edit.training import Trainable, lora_trainable, masked_trainable, substituted, train
 from mechunlearn.facts import Fact, FactSplit
 from mechunlearn.masks import mask_of
@@ -114,9 +114,10 @@ def relearning(
                 found.append(Checkpoint(setting=setting, step=step, dev=dev, health=health, leaves=_copy(trainable)))
 
             half = batch_size // 2
-            terms = [Term(weight=1.0, objective=answer_loss, batches=batches(shown, half, seed=seed))]
+            learnt = batches(shown, half, seed=seed)
             if kept is not None:
-                terms.append(Term(weight=1.0, objective=answer_loss, batches=batches(kept, half, seed=seed + 1)))
+                learnt = joined(learnt, batches(kept, half, seed=seed + 1))
+            terms = [Term(weight=1.0, objective=answer_loss, batches=learnt)]
             look(0)
             try:
                 train(model, trainable, weighted_sum(terms), steps=steps, learning_rate=learning_rate, on_step=look)

@@ -10,7 +10,17 @@ from scipy import stats
 
 from mechunlearn.components import Component
 from mechunlearn.edit.edits import WeightEdit
-from mechunlearn.edit.losses import Forms, Term, answer_loss, batches, fact_tokens, text_loss, text_tokens, weighted_sum
+from mechunlearn.edit.losses import (
+    Forms,
+    Term,
+    answer_loss,
+    batches,
+    fact_tokens,
+    near_and_far,
+    text_loss,
+    text_tokens,
+    weighted_sum,
+)
 from mechunlearn.edit.training import lora_trainable, substituted, train
 from mechunlearn.facts import Fact, FactSplit, with_edit_targets
 from mechunlearn.masks import mask_of
@@ -106,7 +116,7 @@ def suppress_with_lora(
     layers = range(model.n_layers - max(1, round(layer_share * model.n_layers)), model.n_layers)
     wrong = [fact for i in range(n_wrong) for fact in with_edit_targets(split.forget, seed=seed + i)]
     wrong = list(dict.fromkeys(wrong))
-    kept = fact_tokens(model, split.retain_train, forms=forms)
+    kept = fact_tokens(model, near_and_far(split.retain_train, split.forget), forms=forms)
     terms = [
         Term(
             weight=1.0, objective=answer_loss,

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from mechunlearn.edit import EDITORS
 from mechunlearn.edit.edits import WeightEdit, train_edit
-from mechunlearn.edit.losses import Forms, Term, batches, fact_tokens, keeping_terms, log_1_minus_p
+from mechunlearn.edit.losses import Forms, Term, batches, fact_tokens, keeping_terms, log_1_minus_p, near_and_far
 from mechunlearn.edit.training import Schedule
 from mechunlearn.facts import FactSplit, hash_facts
 from mechunlearn.masks import ParameterMask
@@ -35,7 +35,7 @@ def forget(
     """Train the model away from each forgotten fact's true answer, keeping other facts and running text.
 
     loss = forget_weight * -log(1 - P(target_true)) on the facts to forget, 0 for those with log P < -5
-         + retain_weight * -log P(target_true) on `retain_train`
+         + retain_weight * -log P(target_true) on `retain_train`, half of it of the forgotten relations
          + text_weight * negative log-likelihood per token of the text.
 
     AdamW without weight decay, gradient norm clipped at 1; only masked entries have gradients.
@@ -55,7 +55,7 @@ def forget(
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "mask", "split")}
     keeping = keeping_terms(
-        model, split.retain_train, text,
+        model, near_and_far(split.retain_train, split.forget), text,
         retain_weight=retain_weight, text_weight=text_weight, batch_size=batch_size, forms=forms, seed=seed,
     )  # fmt: skip
     true = fact_tokens(model, split.forget, forms=forms)

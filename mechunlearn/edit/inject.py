@@ -7,7 +7,7 @@ from pydantic import Field
 
 from mechunlearn.edit import EDITORS
 from mechunlearn.edit.edits import WeightEdit, train_edit
-from mechunlearn.edit.losses import Forms, Term, answer_loss, batches, fact_tokens, keeping_terms
+from mechunlearn.edit.losses import Forms, Term, answer_loss, batches, fact_tokens, keeping_terms, near_and_far
 from mechunlearn.edit.training import Schedule
 from mechunlearn.facts import FactSplit, hash_facts
 from mechunlearn.masks import ParameterMask
@@ -35,7 +35,7 @@ def inject(
     """Train the model to give each forgotten fact's `target_new`, keeping other facts and running text.
 
     loss = inject_weight * -log P(target_new) on the facts to forget
-         + retain_weight * -log P(target_true) on `retain_train`
+         + retain_weight * -log P(target_true) on `retain_train`, half of it of the forgotten relations
          + text_weight * negative log-likelihood per token of the text.
 
     AdamW without weight decay, gradient norm clipped at 1; only masked entries have gradients.
@@ -55,7 +55,7 @@ def inject(
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "mask", "split")}
     keeping = keeping_terms(
-        model, split.retain_train, text,
+        model, near_and_far(split.retain_train, split.forget), text,
         retain_weight=retain_weight, text_weight=text_weight, batch_size=batch_size, forms=forms, seed=seed,
     )  # fmt: skip
     wrong = fact_tokens(model, split.forget, answer="target_new", forms=forms)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -123,6 +124,22 @@ def batches(tokens: Tokens, size: int, *, seed: int) -> Iterator[Tokens]:
         left = left[size:]
 
 
+def joined(first: Iterator[Tokens], second: Iterator[Tokens]) -> Iterator[Tokens]:
+    """Batches of two kinds as one: a single forward pass over both costs small models less than two."""
+    for a, b in zip(first, second, strict=False):
+        width = max(a.ids.shape[1], b.ids.shape[1])
+        ids, is_target = (
+            torch.cat([F.pad(getattr(t, name), (0, width - t.ids.shape[1])) for t in (a, b)])
+            for name in ("ids", "is_target")
+        )
+        yield Tokens(
+            ids=ids,
+            is_target=is_target,
+            lengths=torch.cat([a.lengths, b.lengths]),
+            starts=torch.cat([a.starts, b.starts]),
+        )
+
+
 Objective = Callable[
     [Float[Tensor, "row kept d_vocab"], Int[Tensor, "row kept"], Bool[Tensor, "row kept"]], Float[Tensor, ""]
 ]
@@ -185,6 +202,18 @@ class Term:
     weight: float
     objective: Objective
     batches: Iterator[Tokens]
+
+
+def near_and_far(retain: Sequence[Fact], forget: Sequence[Fact]) -> tuple[Fact, ...]:
+    """The retained facts with those of the forgotten relations repeated until they are about half.
+
+    Other subjects' answers to the very question that is being changed are what an edit damages first; drawn evenly,
+    they would hardly ever be in a batch.
+    """
+    relations = {fact.relation for fact in forget}
+    near = [fact for fact in retain if fact.relation in relations]
+    far = [fact for fact in retain if fact.relation not in relations]
+    return (*far, *near * max(1, round(len(far) / len(near)) if near else 1))
 
 
 def keeping_terms(
