@@ -51,16 +51,10 @@ def run(
     """Localize, edit, attack and decide, as a preset or a TOML file says; finished parts are reused."""
     settings = _settings(config, model=model, device=device, pairs=set_)
     from mechunlearn.experiment import run_experiment
-    from mechunlearn.report.html import write_report
-    from mechunlearn.report.tables import verdict_table
 
     with _progress() as progress:
         result = run_experiment(settings, out / settings.name, fresh=fresh, on_progress=progress)
-    path = write_report(result, out / settings.name / "report.html")
-    for line in result.manifest["summary"]:
-        console.print(escape(line))
-    _print_frame(verdict_table(result), title="Verdicts")
-    console.print(f"report: {escape(str(path))}")
+    _finish(result, out / settings.name)
 
 
 @app.command()
@@ -143,15 +137,10 @@ def attack(
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A finished run's folder.")]) -> None:
-    """Write report.html of a finished run again and print its verdicts."""
-    from mechunlearn.report.html import write_report
-    from mechunlearn.report.tables import verdict_table
+    """Write report.html and verdicts.csv of a finished run again and print its verdicts."""
     from mechunlearn.runs import load_run
 
-    finished = load_run(folder)
-    path = write_report(finished, folder / "report.html")
-    _print_frame(verdict_table(finished), title="Verdicts")
-    console.print(f"report: {escape(str(path))}")
+    _finish(load_run(folder), folder)
 
 
 @app.command(name="list")
@@ -213,6 +202,23 @@ def main() -> None:
             raise
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {escape(str(error))}")
         sys.exit(2)
+
+
+def _finish(run: Any, folder: Path) -> None:
+    """Write a run's report and print what it says; the whole table is in verdicts.csv and in the report."""
+    from mechunlearn.report.html import write_report
+    from mechunlearn.report.tables import verdict_table
+
+    path = write_report(run, folder / "report.html")
+    table = verdict_table(run)
+    table.to_csv(folder / "verdicts.csv", index=False)
+    for line in run.manifest["summary"]:
+        console.print(escape(line))
+    shown = ["cell", "verdict", "edited share", "strongest attack", "D", "retained", "health"]
+    _print_frame(table[shown], title="Verdicts (D: share of the knowledge that the strongest attack brings back)")
+    for cell in run.cells:
+        console.print(escape(f"{cell.name}: {cell.verdict.reason} {cell.verdict.settle or ''}".strip()))
+    console.print(f"report: {escape(str(path))}", soft_wrap=True)
 
 
 def _settings(config: str, *, model: str | None, device: str | None, pairs: list[str] | None) -> Any:

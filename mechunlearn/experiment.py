@@ -5,9 +5,9 @@ import inspect
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -164,16 +164,29 @@ def run_experiment(
     return Run(manifest=manifest, scores=scores, agreement=agreements, cells=cells)
 
 
-def _pool(settings: Settings) -> AbstractContextManager[Executor | None]:
-    """Worker processes that start importing and loading while the parent localizes; None for one worker."""
+@contextmanager
+def _pool(settings: Settings) -> Iterator[Executor | None]:
+    """Worker processes that start importing and loading while the parent localizes; None for one worker.
+
+    One thread each, the parent included: the matrices are small, and threads that wait for each other on a busy
+    machine cost more than they bring.
+    """
     if settings.workers == 1 or settings.device.startswith("cuda"):
-        return nullcontext()
-    pool = ProcessPoolExecutor(
-        settings.workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    )
-    for _ in range(settings.workers):
-        pool.submit(warm_up, settings)
-    return pool
+        yield None
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(
+        settings.workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        try:
+            for _ in range(settings.workers):
+                pool.submit(warm_up, settings)
+            yield pool
+        finally:
+            torch.set_num_threads(threads)
+            pool.shutdown(cancel_futures=True)
 
 
 def _judge_all(

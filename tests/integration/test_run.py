@@ -1,0 +1,96 @@
+"""A whole run in small, on the bundled organism: what the demo does, with fewer facts and steps."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from mechunlearn.experiment import run_experiment
+from mechunlearn.report.html import write_report
+from mechunlearn.runs import load_run
+from mechunlearn.settings import check_settings, load_settings
+
+SMALL = """
+name = "small"
+model = "atlas"
+twin = "atlas-never-a"
+second_twin = "atlas-never-b"
+suppressed_control = false
+[facts]
+forget = "world-64"
+[localize.attribution_patching]
+[evaluate]
+max_facts = 8
+kinds = ["prompt"]
+[edit.inject]
+steps = 5
+[attack.asking]
+report_all_forms = false
+[[arms]]
+localizer = "attribution_patching"
+[[arms]]
+localizer = "random_mlps"
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    settings = check_settings(tomllib.loads(SMALL), "small")
+    return settings, folder, run_experiment(settings, folder)
+
+
+def test_known_truths_come_out_as_they_are(run):
+    _, _, result = run
+    assert str(result.cell("original").verdict) == "hidden (still expressed)"
+    assert result.cell("second-twin").verdict.label in ("removed", "inconclusive")
+
+
+def test_random_arms_edit_exactly_as_many_parameters(run):
+    _, _, result = run
+    localized, control = (result.cell(f"inject-{name}") for name in ("attribution_patching", "random_mlps"))
+    assert localized.n_selected == control.n_selected > 0
+
+
+def test_the_exact_effect_stands_beside_every_localizer(run):
+    _, _, result = run
+    assert any("attribution_patching" in line and "Spearman" in line for line in result.manifest["summary"])
+
+
+def test_a_run_is_read_back_as_it_was_and_reported(run, tmp_path):
+    _, folder, result = run
+    again = load_run(folder)
+    assert again.manifest == json.loads((folder / "manifest.json").read_text())
+    assert [str(cell.verdict) for cell in again.cells] == [str(cell.verdict) for cell in result.cells]
+    page = write_report(again, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "hidden (still expressed)" in page
+
+
+def test_finished_cells_are_reused_and_a_rerun_gives_the_same_bytes(run):
+    settings, folder, _ = run
+
+    def files():
+        return {p.relative_to(folder): p.read_bytes() for p in sorted(Path(folder / "cells").rglob("*")) if p.is_file()}
+
+    before, times = files(), {p: p.stat().st_mtime_ns for p in (folder / "cells").rglob("cell.json")}
+    run_experiment(settings, folder)
+    assert {p: p.stat().st_mtime_ns for p in (folder / "cells").rglob("cell.json")} == times
+    run_experiment(settings, folder, fresh=True)
+    fresh = files()
+    for path, old in before.items():
+        if path.name == "cell.json":  # seconds differ, nothing else does
+            a, b = json.loads(old), json.loads(fresh[path])
+            a["notes"].pop("seconds"), b["notes"].pop("seconds")
+            assert a == b
+        else:
+            assert old == fresh[path], path
+
+
+def test_settings_survive_a_round_trip_through_their_record(run):
+    settings, _, result = run
+    recorded = {key: value for key, value in result.manifest["settings"].items() if value is not None}
+    recorded["facts"] = {key: value for key, value in recorded["facts"].items() if value is not None}
+    recorded["arms"] = [{k: v for k, v in arm.items() if v is not None} for arm in recorded["arms"]]
+    assert check_settings(json.loads(json.dumps(recorded)), "record") == settings
+    assert load_settings("demo", {"facts.fold": 1}).facts.fold == 1
