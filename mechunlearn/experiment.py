@@ -6,9 +6,9 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -146,20 +146,20 @@ def run_experiment(
     started = time.monotonic()
     with _pool(settings) as pool:
         stage = prepare(settings)
-        wanted = [
-            *settings.localize,
-            *(arm.localizer for arm in settings.arms if arm.localizer not in MATCHED_CONTROLS),
-        ]
-        wanted = list(dict.fromkeys([*wanted, EXACT]))
+        arms = [arm.localizer for arm in settings.arms if arm.localizer not in MATCHED_CONTROLS]
+        wanted = list(dict.fromkeys([*settings.localize, *arms, EXACT]))
+        total = len(wanted) + 4 * (len(settings.arms) + 3)
+        bench = _Bench(stage=stage, folder=folder / "cells", pool=pool, fresh=fresh)
+        bench.start(_control_tasks(stage))  # these need no localizer: workers begin with them
         scores: dict[str, ComponentScores] = {}
         for i, name in enumerate(wanted):
-            on_progress(f"localizing: {name}", i, len(wanted) + 4 * (len(settings.arms) + 3))
+            on_progress(f"localizing: {name}", i, total)
             scores[name] = localize(stage, name)
-        tasks = _tasks(stage, choose_masks(stage, scores))
-        cells = _judge_all(tasks, stage.split, settings, folder / "cells", pool, fresh, len(wanted), on_progress)
+        bench.start(_arm_tasks(stage, choose_masks(stage, scores)))
+        cells = bench.finish(lambda text, done: on_progress(text, len(wanted) + 4 * done, total))
     agreements = _agreements(scores)
     seconds = time.monotonic() - started
-    manifest = _manifest(stage, scores, tasks, seconds) | {"summary": _summary(scores, agreements)}
+    manifest = _manifest(stage, scores, cells, seconds) | {"summary": _summary(scores, agreements)}
     _write(folder, manifest, scores, agreements)
     return Run(manifest=manifest, scores=scores, agreement=agreements, cells=cells)
 
@@ -189,63 +189,95 @@ def _pool(settings: Settings) -> Iterator[Executor | None]:
             pool.shutdown(cancel_futures=True)
 
 
-def _judge_all(
-    tasks: Sequence[CellTask], split: FactSplit, settings: Settings, folder: Path, pool: Executor | None, fresh: bool,
-    done: int, on_progress: Progress,
-) -> tuple[Cell, ...]:  # fmt: skip
-    """Judge every cell that is not there yet; verdicts come last, for they need the power that the controls show."""
-    total = done + 4 * len(tasks)
-    cells = {task.name: cell for task in tasks if not fresh and (cell := _reuse(folder / task.name, task.key))}
-    controls = tuple(
-        PositiveControl(**{**control, "recovered_by": tuple(control["recovered_by"])})
-        for cell in cells.values()
-        for control in cell.notes.get("controls", ())
-    )
-    open_tasks = [task for task in tasks if task.name not in cells]
-    on_progress(f"judging {len(open_tasks)} cells", done, total)
-    found: list[Judged] = []
-    if pool is None:
-        results = (judge(task, split, settings) for task in open_tasks)
-    else:
-        results = (f.result() for f in as_completed([pool.submit(judge, task, split, settings) for task in open_tasks]))
-    for judged in results:
-        found.append(judged)
-        on_progress(f"judged {judged.task.name}", done + 4 * (len(cells) + len(found)), total)
-        if judged.task.role == "suppressed":
-            controls = (demonstrated(judged, settings),)
-    unedited = next(
-        (j.null for j in found if j.task.role == "original"), cells["original"].null if "original" in cells else ()
-    )
-    for judged in found:
-        judged = replace(judged, null=unedited) if judged.task.role == "twin" else judged
-        cell = conclude(judged, settings, controls)
-        cell.save(folder / cell.name)
-        cells[cell.name] = cell
-    return tuple(cells[task.name] for task in tasks)
+@dataclass(kw_only=True, eq=False)
+class _Bench:
+    """The cells of a run: reused, under way in a worker, or still to be judged here."""
+
+    stage: Stage
+    folder: Path
+    pool: Executor | None
+    fresh: bool
+    tasks: list[CellTask] = field(default_factory=list)
+    cells: dict[str, Cell] = field(default_factory=dict)
+    under_way: dict[str, Future[Judged]] = field(default_factory=dict)
+
+    def start(self, tasks: Sequence[CellTask]) -> None:
+        """Take tasks on; finished cells of the same inputs are read, the others go to the workers if there are any."""
+        for task in (replace(task, key=_key(self.stage, task)) for task in tasks):
+            self.tasks.append(task)
+            if not self.fresh and (cell := _reuse(self.folder / task.name, task.key)):
+                self.cells[task.name] = cell
+            elif self.pool is not None and self._same(task) is None:
+                self.under_way[task.name] = self.pool.submit(judge, task, self.stage.split, self.stage.settings)
+
+    def _same(self, task: CellTask) -> CellTask | None:
+        """An earlier arm that makes the very same edit, because two localizers chose the same components."""
+        for other in self.tasks[: self.tasks.index(task)]:
+            if task.role == "arm" and (other.editor, other.components) == (task.editor, task.components):
+                return other
+        return None
+
+    def finish(self, on_progress: Callable[[str, int], None]) -> tuple[Cell, ...]:
+        """Wait for every cell; verdicts come last, for they need the power that the controls show."""
+        settings = self.stage.settings
+        controls = tuple(
+            PositiveControl(**{**control, "recovered_by": tuple(control["recovered_by"])})
+            for cell in self.cells.values()
+            for control in cell.notes.get("controls", ())
+        )
+        found: list[Judged] = []
+        for i, task in enumerate(self.tasks):
+            on_progress(f"judging: {task.name}", i)
+            if task.name in self.cells:
+                continue
+            future, same = self.under_way.get(task.name), self._same(task)
+            if same is not None and same.name not in self.cells:
+                done = next(judged for judged in found if judged.task.name == same.name)
+                found.append(replace(done, task=task))
+            else:
+                found.append(future.result() if future else judge(task, self.stage.split, settings))
+            if task.role == "suppressed":
+                controls = (demonstrated(found[-1], settings),)
+        unedited = self.cells["original"].null if "original" in self.cells else ()
+        unedited = next((judged.null for judged in found if judged.task.role == "original"), unedited)
+        for judged in found:
+            shared = replace(judged, null=unedited) if judged.task.role == "twin" else judged
+            cell = conclude(shared, settings, controls)
+            cell.save(self.folder / cell.name)
+            self.cells[cell.name] = cell
+        return tuple(self.cells[task.name] for task in self.tasks)
 
 
-def _tasks(stage: Stage, masks: Mapping[str, ParameterMask]) -> list[CellTask]:
-    """All cells of the run, controls first, each with the hash of what decides its result."""
-    settings, model = stage.settings, stage.model
+def _control_tasks(stage: Stage) -> list[CellTask]:
+    """What is judged whatever is edited: the original, the positive control, another twin."""
+    settings = stage.settings
     common: dict[str, Any] = {"twin": settings.twin, "original": settings.model}
     tasks = [CellTask(name="original", role="original", model=settings.model, **common)]
     if settings.suppressed_control:
         tasks.append(CellTask(name="suppressed", role="suppressed", model=settings.model, **common))
     if settings.second_twin and settings.twin:
         tasks.append(CellTask(name="second-twin", role="twin", model=settings.second_twin, **common))
-    for arm in settings.arms:
-        components = tuple(str(component) for component in masks[arm.name].components)
-        share = masks[arm.name].n_selected / n_localizable(model)
-        tasks.append(
-            CellTask(
-                name=arm.name, role="arm", model=settings.model, components=components, localizer=arm.localizer,
-                editor=arm.editor, share=share, **common,
-            )
-        )  # fmt: skip
-    base = settings.model_dump(exclude={"arms", "name", "workers", "localize"})
-    weights = [each and each.sha256 for each in (model, stage.twin, stage.second_twin)]
-    shared = [base, weights, stage.split.sha256, version("mechunlearn")]
-    return [replace(task, key=_digest([shared, asdict(task)])) for task in tasks]
+    return tasks
+
+
+def _arm_tasks(stage: Stage, masks: Mapping[str, ParameterMask]) -> list[CellTask]:
+    """One task an arm."""
+    settings = stage.settings
+    return [
+        CellTask(
+            name=arm.name, role="arm", model=settings.model, twin=settings.twin, original=settings.model,
+            components=tuple(str(component) for component in masks[arm.name].components), localizer=arm.localizer,
+            editor=arm.editor, share=masks[arm.name].n_selected / n_localizable(stage.model),
+        )
+        for arm in settings.arms
+    ]  # fmt: skip
+
+
+def _key(stage: Stage, task: CellTask) -> str:
+    """Hash of everything that decides a cell."""
+    settings = stage.settings.model_dump(exclude={"arms", "name", "workers", "localize"})
+    weights = [model and model.sha256 for model in (stage.model, stage.twin, stage.second_twin)]
+    return _digest([settings, weights, stage.split.sha256, version("mechunlearn"), asdict(task)])
 
 
 def _reuse(folder: Path, key: str) -> Cell | None:
@@ -289,7 +321,7 @@ def _highest(scores: ComponentScores, n: int = 3) -> str:
 
 
 def _manifest(
-    stage: Stage, scores: Mapping[str, ComponentScores], tasks: Sequence[CellTask], seconds: float
+    stage: Stage, scores: Mapping[str, ComponentScores], cells: Sequence[Cell], seconds: float
 ) -> dict[str, Any]:
     split, model = stage.split, stage.model
     packages = ("mechunlearn", "torch", "transformers", "numpy", "scikit-learn", "pandas")
@@ -312,7 +344,7 @@ def _manifest(
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "scores": list(scores),
-        "cells": [task.name for task in tasks],
+        "cells": [cell.name for cell in cells],
     }  # fmt: skip
 
 
