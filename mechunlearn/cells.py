@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechunlearn.attack import ATTACKS
 from mechunlearn.attack.results import AttackResult
-from mechunlearn.bench.suppressed import Acceptance, suppress_with_lora
+from mechunlearn.bench.suppressed import Acceptance, suppressed
 from mechunlearn.components import Component
 from mechunlearn.edit import EDITORS
 from mechunlearn.edit.edits import WeightEdit, applied
@@ -39,6 +39,8 @@ class CellTask:
     components: tuple[str, ...] = ()
     localizer: str | None = None
     editor: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Editor options of this cell alone."""
     share: float = 0.0
     key: str = ""
     """Hash of everything that decides the result."""
@@ -80,7 +82,7 @@ def warm_up(settings: Settings) -> None:
 def judge(task: CellTask, split: FactSplit, settings: Settings) -> Judged:
     """Edit, evaluate and attack one cell and its twin.
 
-    The null is the twin put through the same edit and the same attacks. Where wrong answers were trained in, they are
+    The null is the twin put through the same edit and the same attacks. Where an edit trains one wrong answer in, it is
     dropped from the candidates on all sides.
     """
     started = time.monotonic()
@@ -88,7 +90,7 @@ def judge(task: CellTask, split: FactSplit, settings: Settings) -> Judged:
     twin = _load(task.twin, settings.device, settings.dtype) if task.twin else None
     original = _load(task.original, settings.device, settings.dtype)
     edit, acceptance = _edit(task, model, split, settings)
-    drop = edit is not None
+    drop = task.role == "arm"  # the suppressed model must be at chance among all candidates
     baseline = take_baseline(original, split)
     before = _mean_p_true(original, split, drop)
     null_before = _mean_p_true(twin, split, drop) if twin else _chance(split)
@@ -149,12 +151,12 @@ def _edit(
 ) -> tuple[WeightEdit | None, Acceptance | None]:
     """The cell's edit, made on this model; the same options on the original and on the twin."""
     if task.role == "suppressed":
-        suppressed = suppress_with_lora(model, split, **settings.suppress, seed=settings.seed)
-        return suppressed.edit, suppressed.acceptance
+        made = suppressed(model, split, **settings.suppress, seed=settings.seed)
+        return made.edit, made.acceptance
     if task.editor is None:
         return None, None
     mask = mask_of(model, [Component.parse(name) for name in task.components])
-    options = settings.options("edit", task.editor) | {"seed": settings.seed}
+    options = settings.options("edit", task.editor) | task.options | {"seed": settings.seed}
     return EDITORS.get(task.editor).function(model, mask, split, **options), None
 
 

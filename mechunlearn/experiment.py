@@ -213,7 +213,10 @@ class _Bench:
     def _same(self, task: CellTask) -> CellTask | None:
         """An earlier arm that makes the very same edit, because two localizers chose the same components."""
         for other in self.tasks[: self.tasks.index(task)]:
-            if task.role == "arm" and (other.editor, other.components) == (task.editor, task.components):
+            same = all(
+                getattr(other, name) == getattr(task, name) for name in ("role", "editor", "components", "options")
+            )
+            if same and task.role == "arm":
                 return other
         return None
 
@@ -267,7 +270,7 @@ def _arm_tasks(stage: Stage, masks: Mapping[str, ParameterMask]) -> list[CellTas
         CellTask(
             name=arm.name, role="arm", model=settings.model, twin=settings.twin, original=settings.model,
             components=tuple(str(component) for component in masks[arm.name].components), localizer=arm.localizer,
-            editor=arm.editor, share=masks[arm.name].n_selected / n_localizable(stage.model),
+            editor=arm.editor, options=arm.options, share=masks[arm.name].n_selected / n_localizable(stage.model),
         )
         for arm in settings.arms
     ]  # fmt: skip

@@ -52,6 +52,8 @@ class ArmSettings(_Strict):
     budget: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1)] | None = None
     kinds: list[Literal["mlp", "attention", "head"]] | None = None
     seed: int | None = None
+    options: Options = {}
+    """Options of the editor for this arm alone, over those of [edit]: to meet the others at equal damage."""
 
     @property
     def name(self) -> str:
@@ -110,7 +112,7 @@ class Settings(_Strict):
     def _known_arms(cls, arms: list[ArmSettings]) -> list[ArmSettings]:
         for arm in arms:
             LOCALIZERS.get(arm.localizer)
-            EDITORS.get(arm.editor)
+            EDITORS.get(arm.editor).validate(arm.options)
         names = [arm.name for arm in arms]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"arm {sorted(repeated)[0]!r} is listed twice; give one of them a seed")

@@ -55,7 +55,7 @@ def relearning(
     rank: Annotated[int, Field(ge=1)] = 8,
     batch_size: Annotated[int, Field(ge=2)] = 48,
     forms: Forms = "prompt",
-    max_health_facts: Annotated[int, Field(ge=1)] = 64,
+    max_health_facts: Annotated[int, Field(ge=1)] = 128,
     drop_targets: bool = False,
     seed: int = 0,
 ) -> AttackResult:

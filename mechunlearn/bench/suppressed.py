@@ -1,15 +1,17 @@
 """Positive control: a model whose knowledge is hidden on purpose, for an attack to show its power on."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
 from scipy import stats
 
 from mechunlearn.components import Component
-from mechunlearn.edit.edits import WeightEdit
+from mechunlearn.edit.edits import WeightEdit, applied, load_edit
 from mechunlearn.edit.losses import (
     Forms,
     Term,
@@ -21,11 +23,11 @@ from mechunlearn.edit.losses import (
     text_tokens,
     weighted_sum,
 )
-from mechunlearn.edit.training import lora_trainable, substituted, train
+from mechunlearn.edit.training import lora_trainable, train
 from mechunlearn.facts import Fact, FactSplit, with_edit_targets
 from mechunlearn.masks import mask_of
 from mechunlearn.metrics import score_facts
-from mechunlearn.models import Model
+from mechunlearn.models import Model, bundled_models, weights_folder
 from mechunlearn.organisms.neutral import neutral_text
 from mechunlearn.probes import fit_probe, residual_features
 
@@ -79,13 +81,13 @@ def suppress_with_lora(
     model: Model,
     split: FactSplit,
     *,
-    rank: Annotated[int, Field(ge=1)] = 8,
+    rank: Annotated[int, Field(ge=1)] = 32,
     layer_share: Annotated[float, Field(gt=0, le=1)] = 1 / 3,
-    steps: Annotated[int, Field(ge=0)] = 150,
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-3,
+    steps: Annotated[int, Field(ge=0)] = 100,
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-2,
     batch_size: Annotated[int, Field(ge=1)] = 32,
-    n_wrong: Annotated[int, Field(ge=1)] = 4,
-    retain_weight: Annotated[float, Field(ge=0)] = 1.0,
+    n_wrong: Annotated[int, Field(ge=1)] = 1,
+    retain_weight: Annotated[float, Field(ge=0)] = 4.0,
     text_weight: Annotated[float, Field(ge=0)] = 0.5,
     forms: Forms = "all",
     max_facts: Annotated[int, Field(ge=2)] = 256,
@@ -101,7 +103,8 @@ def suppress_with_lora(
 
     Args:
         layer_share: share of the layers that are changed, counted from the end; at least one layer.
-        n_wrong: wrong answers a fact, taught in equal shares; a fact with `target_new` is taught that one alone.
+        n_wrong: wrong answers a fact, drawn from its candidates and taught in equal shares; several leave it
+            undecided between them, which takes longer to learn.
         forms: "all" also hides the paraphrases; with "prompt" asking otherwise would give the facts away.
         max_facts: facts (of each part) that acceptance is measured on.
         seed: of wrong answers, batches and the low-rank start.
@@ -110,24 +113,23 @@ def suppress_with_lora(
         The merged weights as an ordinary `WeightEdit` (use `applied`), and the acceptance with its reason.
 
     Raises:
-        ValueError: a fact without `target_new` has no wrong candidate, or a part that is needed is empty.
+        ValueError: a fact has no wrong candidate, or a part that is needed is empty.
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "split")}
     layers = range(model.n_layers - max(1, round(layer_share * model.n_layers)), model.n_layers)
-    wrong = [fact for i in range(n_wrong) for fact in with_edit_targets(split.forget, seed=seed + i)]
+    plain = [replace(fact, target_new=None) for fact in split.forget]
+    wrong = [fact for i in range(n_wrong) for fact in with_edit_targets(plain, seed=seed + i)]
     wrong = list(dict.fromkeys(wrong))
     kept = fact_tokens(model, near_and_far(split.retain_train, split.forget), forms=forms)
+    taught = fact_tokens(model, wrong, answer="target_new", forms=forms)
+    passages = text_tokens(model, neutral_text(64, seed=seed))
     terms = [
-        Term(
-            weight=1.0, objective=answer_loss,
-            batches=batches(fact_tokens(model, wrong, answer="target_new", forms=forms), batch_size, seed=seed),
-        ),
+        Term(weight=1.0, objective=answer_loss, batches=batches(taught, batch_size, seed=seed)),
         Term(weight=retain_weight, objective=answer_loss, batches=batches(kept, batch_size, seed=seed + 1)),
         Term(
-            weight=text_weight, objective=text_loss,
-            batches=batches(text_tokens(model, neutral_text(64, seed=seed)), max(1, batch_size // 4), seed=seed + 2),
+            weight=text_weight, objective=text_loss, batches=batches(passages, max(1, batch_size // 8), seed=seed + 2)
         ),
-    ]  # fmt: skip
+    ]
     trainable = lora_trainable(model, rank, layers=layers, seed=seed)
     history = train(model, trainable, weighted_sum(terms), steps=steps, learning_rate=learning_rate)
     mask = mask_of(model, [Component(kind, layer) for layer in layers for kind in ("attention", "mlp")])
@@ -138,19 +140,47 @@ def suppress_with_lora(
         mask=mask, base_name=model.name, base_sha256=model.sha256, method="suppress_with_lora", options=options,
         seed=seed, facts_sha256=split.sha256, history=history,
     )  # fmt: skip
-    middle = min(model.n_layers // 2, layers[0])
-    facts, kept_facts = split.forget_hidden[:max_facts], split.retain_test[:max_facts] or split.retain_train[:max_facts]
-    before = _state(model, facts, kept_facts, split.retain_train[: 4 * max_facts], middle)
-    with substituted(model, merged):
-        after = _state(model, facts, kept_facts, split.retain_train[: 4 * max_facts], middle)
+    return Suppressed(kind="lora", edit=edit, acceptance=accept(model, split, edit, max_facts=max_facts))
+
+
+def accept(model: Model, split: FactSplit, edit: WeightEdit, *, max_facts: int = 256) -> Acceptance:
+    """Measure whether an edit suppresses the forgotten facts, and only them; see `suppress_with_lora`."""
+    first = min(c.layer for c in edit.mask.components)
+    middle = min(model.n_layers // 2, first)
+    facts, kept = split.forget_hidden[:max_facts], split.retain_test[:max_facts] or split.retain_train[:max_facts]
+    before = _state(model, facts, kept, split.retain_train[: 4 * max_facts], middle)
+    with applied(model, edit):
+        after = _state(model, facts, kept, split.retain_train[: 4 * max_facts], middle)
     n_correct = round(after.direct * len(facts))
-    acceptance = Acceptance(
-        direct_accuracy=after.direct, chance=after.chance,
-        p_value=float(stats.binomtest(n_correct, len(facts), after.chance, alternative="greater").pvalue),
-        retained_before=before.retained, retained_after=after.retained,
-        probe_before=before.probe, probe_after=after.probe,
-    )  # fmt: skip
-    return Suppressed(kind="lora", edit=edit, acceptance=acceptance)
+    test = stats.binomtest(n_correct, len(facts), after.chance, alternative="greater")
+    return Acceptance(
+        direct_accuracy=after.direct,
+        chance=after.chance,
+        p_value=float(test.pvalue),
+        retained_before=before.retained,
+        retained_after=after.retained,
+        probe_before=before.probe,
+        probe_after=after.probe,
+    )
+
+
+def suppressed_path(model: Model, split: FactSplit) -> Path | None:
+    """Where the suppressed version of a bundled organism, for exactly these forgotten facts, is kept; None for others.
+
+    It was made by `mechunlearn organism suppress`, the same recipe with more steps than a demo has time for.
+    """
+    keys = sorted("|".join(fact.key) for fact in split.forget)
+    name = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:12]
+    return weights_folder() / model.name / f"suppressed-{name}.safetensors" if model.name in bundled_models() else None
+
+
+def suppressed(model: Model, split: FactSplit, **options: Any) -> Suppressed:
+    """The suppressed model: the one that comes with a bundled organism, else one trained now; accepted or not anew."""
+    path = suppressed_path(model, split)
+    if path is not None and path.is_file():
+        edit = load_edit(path)
+        return Suppressed(kind="lora", edit=edit, acceptance=accept(model, split, edit))
+    return suppress_with_lora(model, split, **options)
 
 
 @dataclass(frozen=True, kw_only=True)

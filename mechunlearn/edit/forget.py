@@ -41,7 +41,7 @@ def forget(
     AdamW without weight decay, gradient norm clipped at 1; only masked entries have gradients.
 
     Args:
-        batch_size: rows of facts of each kind in one forward pass, and a quarter as many passages of text; a step sees
+        batch_size: rows of facts of each kind in one forward pass, and an eighth as many passages of text; a step sees
             `accumulation` times as many.
         forms: "prompt" trains on canonical prompts, as the source does; "all" adds paraphrases. Questions and choices
             are never trained on, so that they show how far the edit reaches.

@@ -236,11 +236,11 @@ def keeping_terms(
     if text_weight:
         passages = text_tokens(model, neutral_text(64, seed=seed) if text is None else text)
         terms.append(
-            # a passage is several times as long as a prompt: a quarter of the rows costs about as much
+            # a passage is several times as long as a prompt: an eighth of the rows costs about half as much
             Term(
                 weight=text_weight,
                 objective=text_loss,
-                batches=batches(passages, max(1, batch_size // 4), seed=seed + 2),
+                batches=batches(passages, max(1, batch_size // 8), seed=seed + 2),
             )
         )
     return terms
