@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechunlearn.attack import ATTACKS
 from mechunlearn.attack.results import AttackResult
-from mechunlearn.bench.suppressed import Acceptance, suppressed
+from mechunlearn.bench.suppressed import Acceptance, suppress_with_lora
 from mechunlearn.components import Component
 from mechunlearn.edit import EDITORS
 from mechunlearn.edit.edits import WeightEdit, applied
@@ -151,7 +151,7 @@ def _edit(
 ) -> tuple[WeightEdit | None, Acceptance | None]:
     """The cell's edit, made on this model; the same options on the original and on the twin."""
     if task.role == "suppressed":
-        made = suppressed(model, split, **settings.suppress, seed=settings.seed)
+        made = suppress_with_lora(model, split, **settings.suppress, seed=settings.seed)
         return made.edit, made.acceptance
     if task.editor is None:
         return None, None

@@ -184,18 +184,6 @@ def organism_train(
     console.print(f"model: {escape(str(folder))}")
 
 
-@organism_app.command("suppress")
-def organism_suppress(
-    name: Annotated[str, typer.Argument(help="A bundled organism.")],
-    steps: Annotated[int, typer.Option("--steps", min=1)] = 400,
-) -> None:
-    """Make an organism's suppressed version (the demo's positive control) and put it beside its weights."""
-    from mechunlearn import stages
-
-    path, acceptance = stages.suppress(name, steps=steps)
-    console.print(f"{escape(str(path))}: {'accepted' if acceptance.accepted else f'NOT accepted: {acceptance.reason}'}")
-
-
 @organism_app.command("check")
 def organism_check(name: Annotated[str, typer.Argument(help="A bundled organism, or a folder of one.")]) -> None:
     """Measure what an organism knows of the bundled data sets, by form of asking."""

@@ -8,7 +8,6 @@ from typing import Any
 import pandas as pd
 
 from mechunlearn.attack import ATTACKS
-from mechunlearn.bench.suppressed import Acceptance, suppress_with_lora, suppressed_path
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.edit import EDITORS
 from mechunlearn.edit.edits import applied, export_edit, load_edit, save_edit
@@ -17,11 +16,11 @@ from mechunlearn.experiment import Stage, prepare
 from mechunlearn.experiment import localize as run_localizer
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.masks import mask_of, select_components
-from mechunlearn.models import bundled_models, load_model
+from mechunlearn.models import bundled_models
 from mechunlearn.organisms.forget_sets import FORGET_SETS
 from mechunlearn.registry import Registry
 from mechunlearn.runs import whole_folder
-from mechunlearn.settings import check_settings, load_settings, preset_names
+from mechunlearn.settings import check_settings, preset_names
 from mechunlearn.sources import SOURCES
 
 REGISTRIES: Mapping[str, Registry] = {
@@ -104,18 +103,6 @@ def attack(
             }
         ]
     )  # fmt: skip
-
-
-def suppress(name: str, *, steps: int) -> tuple[Path, Acceptance]:
-    """Hide the demo's facts in a bundled organism by LoRA and save the edit beside its weights."""
-    stage = prepare(load_settings("demo"))
-    model = load_model(name)
-    made = suppress_with_lora(model, stage.split, steps=steps, forms="all")
-    path = suppressed_path(model, stage.split)
-    if path is None:
-        raise ValueError(f"organism suppress: got {name!r}, allowed: {', '.join(bundled_models())}")
-    save_edit(made.edit, path)
-    return path, made.acceptance
 
 
 def listing(stage: str | None) -> dict[str, pd.DataFrame]:

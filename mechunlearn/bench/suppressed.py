@@ -1,17 +1,15 @@
 """Positive control: a model whose knowledge is hidden on purpose, for an attack to show its power on."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 from scipy import stats
 
 from mechunlearn.components import Component
-from mechunlearn.edit.edits import WeightEdit, applied, load_edit
+from mechunlearn.edit.edits import WeightEdit, applied
 from mechunlearn.edit.losses import (
     Forms,
     Term,
@@ -27,7 +25,7 @@ from mechunlearn.edit.training import lora_trainable, train
 from mechunlearn.facts import Fact, FactSplit, with_edit_targets
 from mechunlearn.masks import mask_of
 from mechunlearn.metrics import score_facts
-from mechunlearn.models import Model, bundled_models, weights_folder
+from mechunlearn.models import Model
 from mechunlearn.organisms.neutral import neutral_text
 from mechunlearn.probes import fit_probe, residual_features
 
@@ -86,7 +84,7 @@ def suppress_with_lora(
     steps: Annotated[int, Field(ge=0)] = 100,
     learning_rate: Annotated[float, Field(gt=0)] = 1e-2,
     batch_size: Annotated[int, Field(ge=1)] = 32,
-    n_wrong: Annotated[int, Field(ge=1)] = 1,
+    n_wrong: Annotated[int, Field(ge=1)] = 4,
     retain_weight: Annotated[float, Field(ge=0)] = 4.0,
     text_weight: Annotated[float, Field(ge=0)] = 0.5,
     forms: Forms = "all",
@@ -103,8 +101,7 @@ def suppress_with_lora(
 
     Args:
         layer_share: share of the layers that are changed, counted from the end; at least one layer.
-        n_wrong: wrong answers a fact, drawn from its candidates and taught in equal shares; several leave it
-            undecided between them, which takes longer to learn.
+        n_wrong: wrong answers a fact, taught in equal shares; a fact with `target_new` is taught that one alone.
         forms: "all" also hides the paraphrases; with "prompt" asking otherwise would give the facts away.
         max_facts: facts (of each part) that acceptance is measured on.
         seed: of wrong answers, batches and the low-rank start.
@@ -117,8 +114,7 @@ def suppress_with_lora(
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "split")}
     layers = range(model.n_layers - max(1, round(layer_share * model.n_layers)), model.n_layers)
-    plain = [replace(fact, target_new=None) for fact in split.forget]
-    wrong = [fact for i in range(n_wrong) for fact in with_edit_targets(plain, seed=seed + i)]
+    wrong = [fact for i in range(n_wrong) for fact in with_edit_targets(split.forget, seed=seed + i)]
     wrong = list(dict.fromkeys(wrong))
     kept = fact_tokens(model, near_and_far(split.retain_train, split.forget), forms=forms)
     taught = fact_tokens(model, wrong, answer="target_new", forms=forms)
@@ -127,7 +123,7 @@ def suppress_with_lora(
         Term(weight=1.0, objective=answer_loss, batches=batches(taught, batch_size, seed=seed)),
         Term(weight=retain_weight, objective=answer_loss, batches=batches(kept, batch_size, seed=seed + 1)),
         Term(
-            weight=text_weight, objective=text_loss, batches=batches(passages, max(1, batch_size // 8), seed=seed + 2)
+            weight=text_weight, objective=text_loss, batches=batches(passages, max(1, batch_size // 4), seed=seed + 2)
         ),
     ]
     trainable = lora_trainable(model, rank, layers=layers, seed=seed)
@@ -162,25 +158,6 @@ def accept(model: Model, split: FactSplit, edit: WeightEdit, *, max_facts: int =
         probe_before=before.probe,
         probe_after=after.probe,
     )
-
-
-def suppressed_path(model: Model, split: FactSplit) -> Path | None:
-    """Where the suppressed version of a bundled organism, for exactly these forgotten facts, is kept; None for others.
-
-    It was made by `mechunlearn organism suppress`, the same recipe with more steps than a demo has time for.
-    """
-    keys = sorted("|".join(fact.key) for fact in split.forget)
-    name = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:12]
-    return weights_folder() / model.name / f"suppressed-{name}.safetensors" if model.name in bundled_models() else None
-
-
-def suppressed(model: Model, split: FactSplit, **options: Any) -> Suppressed:
-    """The suppressed model: the one that comes with a bundled organism, else one trained now; accepted or not anew."""
-    path = suppressed_path(model, split)
-    if path is not None and path.is_file():
-        edit = load_edit(path)
-        return Suppressed(kind="lora", edit=edit, acceptance=accept(model, split, edit))
-    return suppress_with_lora(model, split, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
