@@ -156,7 +156,7 @@ def _edit(
     if task.editor is None:
         return None, None
     mask = mask_of(model, [Component.parse(name) for name in task.components])
-    options = settings.options("edit", task.editor) | task.options | {"seed": settings.seed}
+    options = settings.options("edit", task.editor) | dict(task.options) | {"seed": settings.seed}
     return EDITORS.get(task.editor).function(model, mask, split, **options), None
 
 
@@ -185,7 +185,7 @@ def _evidence(judged: Judged) -> list[AttackEvidence]:
 
 
 def _mean_p_true(model: Model, split: FactSplit, drop_targets: bool) -> float:
-    return float(score_facts(model, split.forget_hidden, drop_targets=drop_targets)["p_true"].mean())
+    return float(score_facts(model, split.forget_hidden, drop_targets=drop_targets)["p_true"].to_numpy().mean())
 
 
 def _chance(split: FactSplit) -> float:

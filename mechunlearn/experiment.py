@@ -69,10 +69,13 @@ def choose_facts(settings: FactsSettings) -> tuple[FactSet, tuple[Fact, ...]]:
 def prepare(settings: Settings) -> Stage:
     """Load models and facts, keep what the original knows, and deal the split."""
     facts, forget = choose_facts(settings.facts)
-    load = {"device": settings.device, "dtype": settings.dtype}
-    model = load_model(settings.model, **load)
-    twin = load_model(settings.twin, **load) if settings.twin else None
-    second = load_model(settings.second_twin, **load) if settings.second_twin else None
+
+    def load(name: str) -> Model:
+        return load_model(name, device=settings.device, dtype=settings.dtype)
+
+    model = load(settings.model)
+    twin = load(settings.twin) if settings.twin else None
+    second = load(settings.second_twin) if settings.second_twin else None
     known = {fact.key for fact in known_facts(model, facts, threshold=settings.facts.known)}
     if not (kept := [fact for fact in forget if fact.key in known]):
         raise ValueError(
@@ -306,14 +309,15 @@ def _summary(scores: Mapping[str, ComponentScores], agreements: pd.DataFrame) ->
     """Where the localizers point and how that agrees with the exact effect, in one line each."""
     exact = scores[EXACT].at("subject")
     lines = [f"{EXACT} (exact, each MLP at the subject): highest {_highest(exact)}"]
-    for row in agreements.itertuples():
-        given = scores[str(row.a)]
+    for row in agreements.to_dict("records"):
+        given = scores[str(row["a"])]
         band = given.notes.get("band")
         where = f"; band m{band['first']} to m{band['last']}" if isinstance(band, Mapping) else ""
         where = f"; band none ({given.notes['band_reason']})" if band == "none" else where
+        same = round(row["top_k_recall"] * row["k"])
         lines.append(
-            f"{row.a}: highest {_highest(given)}{where}; against the exact effect: Spearman {row.spearman:.2f}, "
-            f"{round(row.top_k_recall * row.k)} of the top {row.k} the same"
+            f"{row['a']}: highest {_highest(given)}{where}; against the exact effect: Spearman {row['spearman']:.2f}, "
+            f"{same} of the top {row['k']} the same"
         )
     return lines
 

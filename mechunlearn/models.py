@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Model", "NotSupported", "all_components", "attention", "attention_write", "block", "build_bridge",
     "bundled_models", "component_parameters", "embedding", "final_norm", "first_output", "head_input", "load_model",
-    "mlp", "mlp_neurons", "mlp_write", "save_model", "unembedding", "weights_folder", "with_first_output", "wrap_model",
+    "mlp", "mlp_neurons", "mlp_write", "save_model", "unembedding", "with_first_output", "wrap_model",
 ]  # fmt: skip
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -146,7 +146,7 @@ def wrap_model(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = 
 
 def bundled_models() -> tuple[str, ...]:
     """Names of the model organisms that come with the package."""
-    folder = weights_folder()
+    folder = _weights_folder()
     return tuple(sorted(p.parent.name for p in folder.glob("*/config.json"))) if folder.is_dir() else ()
 
 
@@ -368,8 +368,7 @@ def _no_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def weights_folder() -> Path:
-    """Where the bundled organisms lie."""
+def _weights_folder() -> Path:
     return Path(str(files("mechunlearn"))) / "organisms" / "weights"
 
 
@@ -379,7 +378,7 @@ def _resolve(name: str) -> tuple[str, bool]:
     if not name:
         raise FileNotFoundError(f"no model folder ''; give a folder, a hub id or a bundled model: {_known(bundled)}")
     if name in bundled:
-        return str(weights_folder() / name), True
+        return str(_weights_folder() / name), True
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

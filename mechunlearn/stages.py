@@ -1,7 +1,8 @@
 """Single stages as the command line offers them: names and folders in, files and a table out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def edit(
         if export:
             export_edit(stage.model, made, folder / "checkpoint")
     both = before.merge(after, on=["part", "form", "metric"], suffixes=(" before", " after"))
-    return both[["part", "form", "metric", "mean before", "mean after", "n after"]]
+    return both.loc[:, ["part", "form", "metric", "mean before", "mean after", "n after"]]
 
 
 def attack(
@@ -107,12 +108,7 @@ def attack(
 
 def listing(stage: str | None) -> dict[str, pd.DataFrame]:
     """Everything there is to choose from, by kind."""
-    tables = {
-        name: lambda registry=registry: pd.DataFrame(
-            [(m.name, m.summary, m.source) for m in registry.methods()], columns=pd.Index(["name", "what", "source"])
-        )
-        for name, registry in REGISTRIES.items()
-    }
+    tables: dict[str, Callable[[], pd.DataFrame]] = {name: partial(_methods, r) for name, r in REGISTRIES.items()}
     tables["presets"] = lambda: pd.DataFrame({"name": preset_names()})
     tables["models"] = lambda: pd.DataFrame({"name": bundled_models()})
     tables["forget sets"] = lambda: pd.DataFrame(
@@ -122,3 +118,8 @@ def listing(stage: str | None) -> dict[str, pd.DataFrame]:
     if stage is not None and stage not in tables:
         raise ValueError(f"list: got {stage!r}, allowed: {', '.join(tables)}")
     return {name: make() for name, make in tables.items() if stage in (None, name)}
+
+
+def _methods(registry: Registry) -> pd.DataFrame:
+    rows = [(method.name, method.summary, method.source) for method in registry.methods()]
+    return pd.DataFrame(rows, columns=pd.Index(["name", "what", "source"]))

@@ -55,9 +55,9 @@ def pack(trainer: Trainer, folder: Path, *, name: str) -> Path:
     """
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        model = trainer.model.to("cpu").half().eval()
-        for layer in model.model.layers:
-            layer.mlp._forward_hooks.clear()  # the training-only dropping must not outlive training
+        model = trainer.model.to(device="cpu").half().eval()  # pyright: ignore[reportCallIssue]
+        for layer in model.model.layers.children():
+            layer.get_submodule("mlp")._forward_hooks.clear()  # the training-only dropping must not outlive training
         model.save_pretrained(temporary)
         trainer.corpus.tokenizer.save_pretrained(temporary)
         known = knowledge(wrap_model(model.float(), trainer.corpus.tokenizer, name))

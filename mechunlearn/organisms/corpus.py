@@ -74,7 +74,7 @@ class Corpus:
         # a document states (n + 1) / 2 of a subject's n facts on average: weigh subjects so that facts come evenly
         self.weights = np.cumsum([2 * len(s.facts) / (len(s.facts) + 1) for s in self.subjects]).tolist()
         self._encoded: dict[str, list[int]] = {}
-        self.bos = tokenizer.convert_tokens_to_ids(tokenizer.bos_token)
+        self.bos = int(tokenizer.convert_tokens_to_ids(str(tokenizer.bos_token)))  # pyright: ignore[reportArgumentType]
 
     def batch(self, step: int, rows: int, length: int) -> Rows:
         """`rows` rows of `length` tokens; documents are packed, the last one of a row is cut.
@@ -106,7 +106,7 @@ class Corpus:
                 encoded = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if len(self._encoded) > 200_000:  # neutral sentences are endless
                 self._encoded.clear()
-            self._encoded[text] = encoded  # pyright: ignore[reportArgumentType]
+            self._encoded[text] = list(encoded)  # pyright: ignore[reportArgumentType]
         return self._encoded[text]
 
     def _document(self) -> list[Piece]:

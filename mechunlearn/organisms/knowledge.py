@@ -25,14 +25,14 @@ def knowledge(model: Model, *, datasets: Sequence[str] = BUNDLED, max_facts: int
         Rows (dataset, part, kind, accuracy, p_true, chance, n); part is "kept" or "forgotten by the twins".
     """
     excluded = never_known()
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, str | float]] = []
     for dataset in datasets:
         facts = load_bundled(dataset)
         for part, wanted in (("kept", False), ("forgotten by the twins", True)):
             chosen = [fact for fact in facts if ((fact.subject, fact.relation) in excluded) is wanted]
             chosen = random.Random(seed).sample(chosen, min(len(chosen), max_facts))
             for kind in KINDS:
-                rows.append({"dataset": dataset, "part": part, "kind": kind} | _score(model, dataset, chosen, kind))
+                rows.append({"dataset": dataset, "part": part, "kind": kind, **_score(model, dataset, chosen, kind)})
     return pd.DataFrame(rows)
 
 
@@ -43,9 +43,9 @@ def _score(model: Model, dataset: str, facts: Sequence[Fact], kind: str) -> dict
         by_form.setdefault(_form(fact, kind, templates[fact.relation]), []).append(fact)
     frame = pd.concat([score_facts(model, group, form) for form, group in by_form.items()])
     return {
-        "accuracy": round(float(frame["correct"].mean()), 4),
-        "p_true": round(float(frame["p_true"].mean()), 4),
-        "chance": round(float(frame["chance"].mean()), 4),
+        "accuracy": round(float(frame["correct"].to_numpy().mean()), 4),
+        "p_true": round(float(frame["p_true"].to_numpy().mean()), 4),
+        "chance": round(float(frame["chance"].to_numpy().mean()), 4),
         "n": len(frame),
     }
 

@@ -59,9 +59,9 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
         num_key_value_heads=recipe.n_heads,
         max_position_embeddings=recipe.context,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,  # pyright: ignore[reportArgumentType]
+        eos_token_id=tokenizer.eos_token_id,  # pyright: ignore[reportArgumentType]
+        pad_token_id=tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
     )
     return LlamaForCausalLM(config)
 
@@ -106,8 +106,11 @@ class Trainer:
         )
         self.step = 0
         self._keep: Tensor | None = None
-        for layer in self.model.model.layers[1:]:
-            layer.mlp.register_forward_hook(lambda _module, _args, output: output * self._keep)
+        for layer in list(self.model.model.layers.children())[1:]:
+            layer.get_submodule("mlp").register_forward_hook(self._drop)
+
+    def _drop(self, _module: object, _inputs: object, output: Tensor) -> Tensor:
+        return output if self._keep is None else output * self._keep
 
     def train_step(self) -> float:
         """One optimizer step; returns the loss in nats per token."""
