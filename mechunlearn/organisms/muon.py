@@ -1,7 +1,7 @@
 """Muon for the organisms: momentum, orthogonalised, for the hidden matrices; AdamW for the rest.
 
 torch.optim.Muon does the same but orthogonalises matrix by matrix in bfloat16, which CPUs emulate; here equal shapes
-are stacked and stay in float32. Facts are learnt in about half the tokens AdamW needs (CONTRIBUTING, "Numbers").
+are stacked and stay in float32. Facts are learnt in fewer tokens than with AdamW (CONTRIBUTING, last section).
 Source: Jordan et al. 2024, "Muon"; quintic Newton-Schulz coefficients from there.
 """
 
