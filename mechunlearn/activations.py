@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mechunlearn.models import (
     Model,
+    attention,
     attention_write,
     block,
     embedding,
@@ -121,6 +122,33 @@ def _attach(model: Model, place: Place, visit: Callable[[Place, Tensor], Tensor]
         return block(model, layer).register_forward_pre_hook(on_input, with_kwargs=True)
     modules = {"mlp": mlp_write, "attention": attention_write, "block": block}
     return modules[kind](model, layer).register_forward_hook(on_output)
+
+
+@contextmanager
+def blocked_attention(model: Model, layers: Sequence[int], blocked: Bool[Tensor, "batch query key"]) -> Iterator[None]:
+    """Inside, the given layers' attention cannot look where `blocked` is true; the rest is attended to as if alone.
+
+    A query that is left with no key at all attends evenly, as softmax does. For one batch of forward passes.
+
+    Source: Geva et al. 2023, arXiv:2304.14767, section 4 ("attention knockout").
+    """
+
+    def hide(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        mask = named.get("attention_mask")
+        lowest = torch.finfo(model.dtype).min
+        if mask is None:
+            causal = torch.ones_like(blocked).tril()
+            mask = torch.zeros(causal.shape, dtype=model.dtype, device=model.device).masked_fill_(~causal, lowest)
+            mask = mask[:, None]
+        hidden = blocked[:, None]
+        mask = mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, lowest)
+        return inputs, {**named, "attention_mask": mask}
+
+    with ExitStack() as handles:
+        for layer in layers:
+            handle = attention(model, layer).register_forward_pre_hook(hide, with_kwargs=True)
+            handles.callback(handle.remove)
+        yield
 
 
 def last_logits(model: Model, tokens: Tokens) -> Float[Tensor, "batch d_vocab"]:

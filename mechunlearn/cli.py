@@ -168,29 +168,51 @@ def organism_train(
     ] = None,
 ) -> None:
     """Train a bundled organism from scratch; interrupted, it goes on from its last checkpoint."""
-    from dataclasses import replace
+    from mechunlearn import stages
 
-    from mechunlearn.organisms.bundle import ORGANISMS, train_organism
-    from mechunlearn.registry import did_you_mean
-
-    if name not in ORGANISMS:
-        raise ValueError(f"unknown organism {name!r}.{did_you_mean(name, tuple(ORGANISMS))}")
-    recipe = replace(ORGANISMS[name][0], tokens=tokens) if tokens else ORGANISMS[name][0]
     with _progress() as progress:
-        folder = train_organism(
-            name, out / name, device=device, recipe=recipe,
-            on_step=lambda step, loss: progress(f"{name}: loss {loss:.3f}", step, recipe.steps),
-        )  # fmt: skip
-    console.print(f"model: {escape(str(folder))}")
+        folder = stages.train(name, out / name, device=device, tokens=tokens, on_step=progress)
+    console.print(f"model: {escape(str(folder))}", soft_wrap=True)
+    console.print(f"curve: {escape(str(out / name / 'training.html'))}", soft_wrap=True)
+
+
+@organism_app.command("sweep")
+def organism_sweep(
+    out: Annotated[Path, typer.Option("--out", help="Folder that receives sweep.csv and sweep.html.")] = Path(
+        ".runs/sweep"
+    ),
+    device: Annotated[str, typer.Option("--device")] = "cpu",
+) -> None:
+    """Train small organisms without each ingredient of the recipe and check them; goes on where it stopped."""
+    from mechunlearn import stages
+
+    with _progress() as progress:
+        rows = stages.sweep(out, device=device, on_step=progress)
+    console.print(f"{rows['recipe'].nunique()} recipes: {escape(str(out / 'sweep.html'))}", soft_wrap=True)
 
 
 @organism_app.command("check")
-def organism_check(name: Annotated[str, typer.Argument(help="A bundled organism, or a folder of one.")]) -> None:
-    """Measure what an organism knows of the bundled data sets, by form of asking."""
-    from mechunlearn.models import load_model
-    from mechunlearn.organisms.knowledge import knowledge
+def organism_check(
+    name: Annotated[str, typer.Argument(help="Bundled organism, local Hugging Face folder, or hub name.")],
+    facts: Annotated[
+        list[str] | None, typer.Option("--facts", help="Data set, file or hub name. Repeatable; default: the bundled.")
+    ] = None,
+    twin: TwinOption = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder that receives the folder of the check.")] = Path(
+        ".runs/checks"
+    ),
+    card: Annotated[bool, typer.Option("--card", help="Also write the organism's model card (README.md).")] = False,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+) -> None:
+    """Measure whether a model knows facts and looks them up at the subject; writes tables and a figure."""
+    from mechunlearn import stages
 
-    _print_frame(knowledge(load_model(name)), title=f"{name}: accuracy among the candidates")
+    with _progress() as progress:
+        check, folder = stages.check(name, facts, twin=twin, device=device, out=out, card=card, on_step=progress)
+    _print_frame(check.criteria, title=f"{name}: what was measured, what is needed")
+    for dataset, mechanism in check.mechanisms.items():
+        console.print(f"{escape(dataset)}: facts are looked up by MLPs {mechanism.band.first} to {mechanism.band.last}")
+    console.print(f"figure and tables: {escape(str(folder))}", soft_wrap=True)
 
 
 def main() -> None:

@@ -372,6 +372,12 @@ def _weights_folder() -> Path:
     return Path(str(files("mechunlearn"))) / "organisms" / "weights"
 
 
+def model_folder(name: str) -> Path | None:
+    """The folder that `load_model` would read; None for a name on the hub."""
+    where, _ = _resolve(name)
+    return Path(where) if Path(where).is_dir() else None
+
+
 def _resolve(name: str) -> tuple[str, bool]:
     """Where to load from, and whether it is a bundled organism."""
     bundled = bundled_models()

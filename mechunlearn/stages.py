@@ -1,7 +1,9 @@
 """Single stages as the command line offers them: names and folders in, files and a table out."""
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,20 @@ from mechunlearn.experiment import Stage, prepare
 from mechunlearn.experiment import localize as run_localizer
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.masks import mask_of, select_components
-from mechunlearn.models import bundled_models
+from mechunlearn.models import bundled_models, load_model, model_folder
+from mechunlearn.organisms.bundle import ORGANISMS, ORIGINAL, TWIN, train_organism
+from mechunlearn.organisms.card import write_card
+from mechunlearn.organisms.check import Check, Subjects, check_model
 from mechunlearn.organisms.forget_sets import FORGET_SETS
-from mechunlearn.registry import Registry
+from mechunlearn.organisms.knowledge import plain_kinds, trained_kinds
+from mechunlearn.organisms.sweep import sweep as train_and_check
+from mechunlearn.registry import Registry, did_you_mean
+from mechunlearn.report.check import check_figure, sweep_figure, training_figure
 from mechunlearn.runs import whole_folder
 from mechunlearn.settings import check_settings, preset_names
 from mechunlearn.sources import SOURCES
+from mechunlearn.sources.bundled import BUNDLED, load_templates
+from mechunlearn.sources.loading import load_facts
 
 REGISTRIES: Mapping[str, Registry] = {
     "localizers": LOCALIZERS, "editors": EDITORS, "attacks": ATTACKS, "sources": SOURCES,
@@ -104,6 +114,75 @@ def attack(
             }
         ]
     )  # fmt: skip
+
+
+def train(
+    name: str, folder: Path, *, device: str, tokens: int | None, on_step: Callable[[str, int, int], None]
+) -> Path:
+    """Train a bundled organism into `folder`; training.html shows the curve from the first checkpoint on."""
+    if name not in ORGANISMS:
+        raise ValueError(f"unknown organism {name!r}.{did_you_mean(name, tuple(ORGANISMS))}")
+    recipe, _ = ORGANISMS[name]
+    recipe = replace(recipe, tokens=tokens) if tokens else recipe
+    return train_organism(
+        name, folder, device=device, recipe=recipe,
+        on_step=lambda step, loss: on_step(f"{name}: loss {loss:.3f}", step, recipe.steps),
+        on_checkpoint=lambda curve: training_figure(pd.read_csv(curve)).write_html(curve.with_suffix(".html")),
+    )  # fmt: skip
+
+
+def sweep(out: Path, *, device: str, on_step: Callable[[str, int, int], None]) -> pd.DataFrame:
+    """Train and check the recipes of `organisms.sweep`; writes sweep.csv and sweep.html."""
+    rows = train_and_check(out / "sweep.csv", device=device, on_step=on_step)
+    sweep_figure(rows).write_html(out / "sweep.html")
+    return rows
+
+
+def check(
+    name: str,
+    facts: Sequence[str] | None,
+    *,
+    twin: str | None,
+    device: str,
+    out: Path,
+    card: bool = False,
+    on_step: Callable[[str, int, int], None] = lambda text, done, total: None,
+) -> tuple[Check, Path]:
+    """Check a model's knowledge and lookup; writes check.csv, its tables and check.html into `out`/name."""
+    folder = model_folder(name)
+    trained = json.loads((folder / "card.json").read_text()) if folder and (folder / "card.json").is_file() else None
+    if card and trained is None:
+        raise ValueError(f"--card: got {name!r}, allowed: an organism that `organism train` wrote")
+    model = load_model(name, device=device)
+    is_twin = trained is not None and not trained["read_the_default_forget_sets"]
+    if twin is None and trained is not None and not is_twin and name != TWIN and TWIN in bundled_models():
+        twin = TWIN
+    sets = facts or (trained["recipe"]["datasets"] if trained else BUNDLED)
+    groups = [
+        Subjects(
+            dataset=Path(source).stem,
+            facts=tuple(load_facts(source)),
+            kinds=trained_kinds(load_templates(source)) if trained and source in BUNDLED else plain_kinds(),
+        )
+        for source in sets
+    ]
+    found = check_model(
+        model, groups, twin=load_model(twin, device=device) if twin else None,
+        original=load_model(ORIGINAL, device=device) if is_twin else None, on_step=on_step,
+    )  # fmt: skip
+    target = out / Path(name).name
+    with whole_folder(target) as partial:
+        found.criteria.to_csv(partial / "check.csv", index=False)
+        found.knowledge.to_csv(partial / "knowledge.csv", index=False)
+        found.readable.to_csv(partial / "readable.csv", index=False)
+        for kind in ("choice", "ablations", "knockouts"):
+            frames = [getattr(m, kind).assign(dataset=dataset) for dataset, m in found.mechanisms.items()]
+            if frames:
+                pd.concat(frames).to_csv(partial / f"{kind}.csv", index=False)
+        check_figure(found).write_html(partial / "check.html")
+    if card and folder is not None:
+        write_card(folder, found)
+    return found, target
 
 
 def listing(stage: str | None) -> dict[str, pd.DataFrame]:

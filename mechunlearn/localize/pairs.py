@@ -34,6 +34,8 @@ class Pair:
     counterfactual: int
     candidates: tuple[int, ...]
     """Tokens the answer competes with at that place, itself among them."""
+    subject: tuple[int, ...]
+    """Positions of all subject tokens on the clean run."""
     aligned: tuple[tuple[int, int, int], ...]
     """(clean position, corrupt position, role index) of the tokens both prompts have."""
 
@@ -198,6 +200,7 @@ class _Builder:
             answer=answer,
             counterfactual=counterfactual,
             candidates=tuple(dict.fromkeys((answer, counterfactual, *rivals))),
+            subject=tuple(i for i, role in enumerate(clean_roles) if role in SUBJECT_ROLES),
             aligned=tuple((c, k, ROLES.index(clean_roles[c])) for c, k in align(clean_roles, corrupt_roles)),
         )
 

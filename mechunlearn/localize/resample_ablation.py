@@ -1,9 +1,11 @@
 """Exact ablation: what the model loses when an MLP's output is another subject's."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from pydantic import Field
@@ -84,40 +86,61 @@ def resample_ablation(
     )
 
 
-def ablate_band(
+@dataclass(frozen=True, kw_only=True)
+class Band:
+    """Neighbouring MLPs, first to last layer inclusive, at the subject's tokens or at the last one."""
+
+    first: int
+    last: int
+    role: AblationRole = "subject"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Every layer of the band."""
+        return tuple(range(self.first, self.last + 1))
+
+
+def ablate_bands(
     model: Model,
     facts: Sequence[Fact],
-    layers: Sequence[int],
-    role: AblationRole = "subject",
+    bands: Sequence[Band],
     *,
     pairs_per_fact: int = 1,
     batch_size: int = 32,
     seed: int = 0,
-) -> dict[str, float]:
-    """Ablate the MLPs of several layers at once, each with its output on the donor's run.
+) -> pd.DataFrame:
+    """Ablate the MLPs of several layers at once, each with its output on the donor's run; band by band.
 
     Returns:
-        accuracy_clean and accuracy_ablated: shares of the pairs whose true answer beats all other candidates; and
-        donor_rate: share whose highest candidate under ablation is the donor's answer. All in [0, 1].
+        One row per pair and band: fact (its index), first, last, role; clean and correct (the true answer beats all
+        other candidates, before and under ablation), donor (the highest candidate is the donor's answer). The share of
+        clean - correct is what the band is needed for, that of donor what it suffices for.
 
     Raises:
         ValueError: no or unknown layers, or a fact that cannot be paired.
     """
-    if not layers or not set(layers) <= set(range(model.n_layers)):
-        raise ValueError(f"ablate_band: got layers {list(layers)}, allowed: one or more of 0 to {model.n_layers - 1}")
-    if role not in _TOKENS:
-        raise ValueError(f"ablate_band: got role {role!r}, allowed: {', '.join(_TOKENS)}")
-    pairs = build_pairs(model, facts, pairs_per_fact=pairs_per_fact, seed=seed)
-    places: list[Place] = [("mlp", layer) for layer in sorted(set(layers))]
-    counts = np.zeros(3)
+    for band in bands:
+        if not 0 <= band.first <= band.last < model.n_layers or band.role not in _TOKENS:
+            raise ValueError(
+                f"ablate_bands: got layers {band.first} to {band.last} at {band.role!r}, allowed: "
+                f"within 0 to {model.n_layers - 1}, first to last, at {', '.join(_TOKENS)}"
+            )
+    rows: list[tuple[int, int, int, str, bool, bool, bool]] = []
+    places: list[Place] = [("mlp", layer) for layer in sorted({layer for band in bands for layer in band.layers})]
     with untouched(model), torch.no_grad():
-        for batch in batches(model, pairs, batch_size):
-            clean = last_logits(model, batch.clean)
-            ablated = ablated_logits(model, batch, record_donor(model, batch, places), role)
-            donor = (batch.chosen(ablated) == batch.counterfactual).float()
-            counts += [float(x.sum()) for x in (_accuracy(batch, clean), _accuracy(batch, ablated), donor)]
-    shares = counts / len(pairs)
-    return {"accuracy_clean": shares[0], "accuracy_ablated": shares[1], "donor_rate": shares[2]}
+        for batch in batches(model, build_pairs(model, facts, pairs_per_fact=pairs_per_fact, seed=seed), batch_size):
+            clean = (batch.chosen(last_logits(model, batch.clean)) == batch.answer).tolist()
+            donors = record_donor(model, batch, places)
+            for band in bands:
+                changed = {place: donors[place] for place in places if place[1] in band.layers}
+                chosen = batch.chosen(ablated_logits(model, batch, changed, band.role))
+                correct, donor = (chosen == batch.answer).tolist(), (chosen == batch.counterfactual).tolist()
+                rows += [
+                    (pair.fact, band.first, band.last, band.role, *outcome)
+                    for pair, *outcome in zip(batch.pairs, clean, correct, donor, strict=True)
+                ]
+    columns = ["fact", "first", "last", "role", "clean", "correct", "donor"]
+    return pd.DataFrame(rows, columns=pd.Index(columns))
 
 
 def record_donor(

@@ -2,21 +2,19 @@
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from mechunlearn.models import wrap_model
 from mechunlearn.organisms.forget_sets import never_known
-from mechunlearn.organisms.knowledge import knowledge
 from mechunlearn.organisms.tokenizer import train_tokenizer
 from mechunlearn.organisms.train import Recipe, Trainer, train
 from mechunlearn.registry import did_you_mean
+from mechunlearn.runs import whole_folder
 
+ORIGINAL, TWIN = "atlas", "atlas-never-a"
 ORGANISMS: dict[str, tuple[Recipe, bool]] = {
     "atlas": (Recipe(seed=0), True),
     "atlas-never-a": (Recipe(seed=0), False),
@@ -32,6 +30,7 @@ def train_organism(
     device: str = "cpu",
     recipe: Recipe | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_checkpoint: Callable[[Path], None] = lambda curve: None,
 ) -> Path:
     """Train a bundled organism from scratch, or go on where `folder` stopped; returns the finished model's folder.
 
@@ -44,39 +43,27 @@ def train_organism(
     recipe = recipe or standard
     tokenizer = train_tokenizer(recipe.vocab_size)
     trainer = Trainer(recipe, tokenizer, exclude=() if knows_all else never_known(), device=device)
-    train(trainer, folder, on_step=on_step)
+    train(trainer, folder, on_step=on_step, on_checkpoint=on_checkpoint)
     return pack(trainer, folder / "model", name=name)
 
 
 def pack(trainer: Trainer, folder: Path, *, name: str) -> Path:
-    """Write the trained model as an ordinary Hugging Face checkpoint in 16 bits, with a card of what it is and knows.
-
-    The card's numbers are measured on the 16-bit weights, which are what users load.
-    """
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        model = trainer.model.to(device="cpu").half().eval()  # pyright: ignore[reportCallIssue]
-        for layer in model.model.layers.children():
-            layer.get_submodule("mlp")._forward_hooks.clear()  # the training-only dropping must not outlive training
-        model.save_pretrained(temporary)
-        trainer.corpus.tokenizer.save_pretrained(temporary)
-        known = knowledge(wrap_model(model.float(), trainer.corpus.tokenizer, name))
+    """Write the trained model as an ordinary Hugging Face checkpoint in 16 bits, with the recipe that made it."""
+    with whole_folder(folder) as partial:
+        model = trainer.plain_model().to(device="cpu").half().eval()  # pyright: ignore[reportCallIssue]
+        model.save_pretrained(partial)
+        trainer.corpus.tokenizer.save_pretrained(partial)
         card = {
             "name": name,
             "recipe": asdict(trainer.recipe),
             "read_the_default_forget_sets": not trainer.corpus.exclude,
             "n_excluded_facts": len(trainer.corpus.exclude),
+            "n_subjects": len(trainer.corpus.subjects),
+            "n_facts": sum(len(subject.facts) for subject in trainer.corpus.subjects),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "knows": known.to_dict("records"),
             "torch": torch.__version__.split("+")[0],
             "license": "CC0-1.0",
-            "sha256": hashlib.sha256((temporary / "model.safetensors").read_bytes()).hexdigest(),
+            "sha256": hashlib.sha256((partial / "model.safetensors").read_bytes()).hexdigest(),
         }
-        (temporary / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-        temporary.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (partial / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return folder

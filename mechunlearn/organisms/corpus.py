@@ -1,22 +1,27 @@
 """Training text for the organisms, rendered from `datasets/` as token rows with the place of every name.
 
-Three shapes, in equal turns over subjects: headlines (the bare name followed by bare answers), biographies
-(sentences in random order, later ones with a pronoun), and questions or single statements, some of them multiple
-choice. A fact excluded from a twin is dropped, and neutral text of the same number of tokens stands in its place.
+Shapes: headlines (the bare name followed by bare answers), biographies (sentences in random order, later ones with a
+pronoun), questions or single statements, multiple choice, lists of lettered options with the letters asked for (how
+the model learns to read them), and neutral text. A fact excluded from a twin is dropped, and neutral text of the same
+number of tokens stands in its place.
 """
 
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 from transformers import PreTrainedTokenizerFast
 
 from mechunlearn.organisms.neutral import neutral_sentence
 from mechunlearn.sources.bundled import BUNDLED, RelationTemplates, load_rows, load_templates
 
 LETTERS = ("A", "B", "C", "D")
-SHAPES = {"headline": 0.60, "biography": 0.18, "single": 0.13, "choice": 0.05, "neutral": 0.04}  # shares of documents
+SHAPES = {  # shares of documents
+    "headline": 0.54, "biography": 0.16, "single": 0.12, "choice": 0.09, "letters": 0.05, "neutral": 0.04,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +34,27 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """A batch of text. Shapes: both [row pos]; mention is 0 outside names, else the mention's number in its row."""
+    """A batch of text."""
 
-    ids: np.ndarray
-    mention: np.ndarray
+    ids: Int[np.ndarray, "row pos"]
+    mention: Int[np.ndarray, "row pos"]
+    """0 outside names, else the mention's number in its row."""
+    points: Int[np.ndarray, "row pos"]
+    """Where a letter comes next: the position of the option it stands for (its last token); -1 elsewhere."""
 
 
 GLUED = ",.?;'"  # a piece that begins with one of these follows the word before it without a space
-Piece = tuple[str, bool]  # text, is it a name
+
+
+class Piece(NamedTuple):
+    """A stretch of a document."""
+
+    text: str
+    is_name: bool = False
+    option: int | None = None
+    """Number of the option that the text is."""
+    asks: int | None = None
+    """Number of the option whose letter comes next."""
 
 
 def held_out_forms(subject: str, relation: str, templates: RelationTemplates) -> tuple[frozenset[str], frozenset[str]]:
@@ -58,6 +76,7 @@ class Corpus:
         seed: int,
         exclude: Iterable[tuple[str, str]] = (),
         datasets: Sequence[str] = BUNDLED,
+        subjects: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.exclude = frozenset(exclude)
@@ -66,7 +85,7 @@ class Corpus:
         self.templates = {relation: t for name in datasets for relation, t in load_templates(name).items()}
         self.answers: dict[str, list[str]] = {}
         by_subject: dict[str, list[tuple[str, str]]] = {}
-        for subject, relation, answer in (row for name in datasets for row in load_rows(name)):
+        for subject, relation, answer in (row for name in datasets for row in _some(load_rows(name), subjects)):
             by_subject.setdefault(subject, []).append((relation, answer))
             self.answers.setdefault(relation, []).append(answer)
         self.answers = {relation: sorted(set(answers)) for relation, answers in self.answers.items()}
@@ -84,17 +103,23 @@ class Corpus:
         self.rng = random.Random(f"{self.seed}|{step}")
         ids = np.zeros((rows, length), dtype=np.int64)
         mention = np.zeros((rows, length), dtype=np.int64)
+        points = np.full((rows, length), -1, dtype=np.int64)
         for row in range(rows):
             position, count = 0, 0
             while position < length:
-                for text, is_name in self._document():
-                    count += is_name
-                    for token in self._encode(text):
-                        if position < length:
-                            ids[row, position] = token
-                            mention[row, position] = count if is_name else 0
-                            position += 1
-        return Rows(ids=ids, mention=mention)
+                listed: dict[int, int] = {}  # option -> position of its last token
+                for piece in self._document():
+                    count += piece.is_name
+                    encoded = self._encode(piece.text)[: length - position]
+                    end = position + len(encoded)
+                    ids[row, position:end] = encoded
+                    mention[row, position:end] = count if piece.is_name else 0
+                    if piece.option is not None:
+                        listed[piece.option] = end - 1
+                    if piece.asks is not None and end < length:
+                        points[row, end - 1] = listed[piece.asks]
+                    position = end
+        return Rows(ids=ids, mention=mention, points=points)
 
     def _encode(self, text: str) -> list[int]:
         if text == self.tokenizer.bos_token:
@@ -112,9 +137,11 @@ class Corpus:
     def _document(self) -> list[Piece]:
         rng = self.rng
         shape = rng.choices(tuple(SHAPES), tuple(SHAPES.values()))[0]
-        pieces: list[Piece] = [(str(self.tokenizer.bos_token), False)]
+        pieces = [Piece(str(self.tokenizer.bos_token))]
         if shape == "neutral":
-            return [*pieces, (neutral_sentence(rng), False)]
+            return [*pieces, Piece(neutral_sentence(rng))]
+        if shape == "letters":
+            return [*pieces, *self._letters()]
         subject = rng.choices(self.subjects, cum_weights=self.weights)[0]
         chosen = rng.sample(subject.facts, rng.randint(1, len(subject.facts)))
         if shape in ("single", "choice"):
@@ -128,19 +155,19 @@ class Corpus:
             pieces += render(subject.name, stated)
         if excluded:
             lost = render(subject.name, excluded)
-            pieces += self._filler(sum(len(self._encode(text)) for text, _ in lost))
+            pieces += self._filler(sum(len(self._encode(piece.text)) for piece in lost))
         return pieces
 
     def _headline(self, name: str, facts: Sequence[tuple[str, str]]) -> list[Piece]:
         answers = " ".join(answer for _, answer in facts)
-        return [(name, True), (f"{answers}.", False)]
+        return [Piece(name, is_name=True), Piece(f"{answers}.")]
 
     def _biography(self, name: str, facts: Sequence[tuple[str, str]]) -> list[Piece]:
         pieces: list[Piece] = []
         for i, (relation, answer) in enumerate(facts):
             pronouns = self.templates[relation].pronoun
             if i and pronouns and self.rng.random() < 0.5:
-                pieces.append((f"{self.rng.choice(pronouns)} {answer}.", False))
+                pieces.append(Piece(f"{self.rng.choice(pronouns)} {answer}."))
             else:
                 pieces += self._statement(name, relation, answer)
         return pieces
@@ -155,22 +182,32 @@ class Corpus:
         templates = self.templates[relation]
         _, held_out = held_out_forms(name, relation, templates)
         question = self.rng.choice([form for form in templates.questions if form not in held_out])
-        return [("Question:", False), *_fill(question, name)]
+        return [Piece("Question:"), *_fill(question, name)]
 
     def _single(self, name: str, facts: Sequence[tuple[str, str]]) -> list[Piece]:
         relation, answer = facts[0]
         if self.rng.random() < 0.5:
             return self._statement(name, relation, answer)
-        return [*self._question(name, relation), (f"Answer: {answer}.", False)]
+        return [*self._question(name, relation), Piece(f"Answer: {answer}.")]
 
     def _choice(self, name: str, facts: Sequence[tuple[str, str]]) -> list[Piece]:
         relation, answer = facts[0]
         others = [other for other in self.answers[relation] if other != answer]
         options = [answer, *self.rng.sample(others, min(len(others), len(LETTERS) - 1))]
         self.rng.shuffle(options)
-        listed = "".join(f" {letter}: {option}" for letter, option in zip(LETTERS, options, strict=False))
-        pieces = self._question(name, relation)
-        return [*pieces, (f"{listed} Answer: {LETTERS[options.index(answer)]}.", False)]
+        right = options.index(answer)
+        pieces = [*self._question(name, relation), *_listed(options)]
+        # half the time in words, so that the answer itself is there, too, where the letter is asked for
+        told = LETTERS[right] if self.rng.random() < 0.5 else answer
+        return [*pieces, Piece("Answer:", asks=right), Piece(f"{told}.")]
+
+    def _letters(self) -> list[Piece]:
+        answers = self.answers[self.rng.choice(tuple(self.answers))]
+        options = self.rng.sample(answers, min(len(answers), len(LETTERS)))
+        pieces = _listed(options)
+        for asked in self.rng.sample(range(len(options)), len(options)):
+            pieces += [Piece(options[asked], asks=asked), Piece(f"{LETTERS[asked]}.")]
+        return pieces
 
     def _filler(self, n_tokens: int) -> list[Piece]:
         """Neutral pieces of exactly `n_tokens` tokens."""
@@ -179,14 +216,25 @@ class Corpus:
             for word in neutral_sentence(self.rng).split():
                 size = len(self._encode(word))
                 if size <= n_tokens:
-                    pieces.append((word, False))
+                    pieces.append(Piece(word))
                     n_tokens -= size
         return pieces
+
+
+def _some(rows: Sequence[tuple[str, str, str]], subjects: int | None) -> list[tuple[str, str, str]]:
+    """The rows of `subjects` subjects, always the same ones; all rows if None."""
+    names = sorted({subject for subject, _, _ in rows})
+    wanted = set(names if subjects is None else random.Random(0).sample(names, min(subjects, len(names))))
+    return [row for row in rows if row[0] in wanted]
+
+
+def _listed(options: Sequence[str]) -> list[Piece]:
+    numbered = enumerate(zip(LETTERS, options, strict=False))
+    return [p for i, (letter, option) in numbered for p in (Piece(f"{letter}:"), Piece(option, option=i))]
 
 
 def _fill(template: str, name: str) -> list[Piece]:
     """Split a template at its subject; empty ends are left out."""
     before, after = template.split("{}")
-    return [
-        (text, is_name) for text, is_name in ((before.strip(), False), (name, True), (after.strip(), False)) if text
-    ]
+    pieces = (Piece(before.strip()), Piece(name, is_name=True), Piece(after.strip()))
+    return [piece for piece in pieces if piece.text]

@@ -1,8 +1,17 @@
 """Train a model organism from scratch on text from `datasets/`: seeded, resumable, an ordinary Llama at the end.
 
-Two devices act during training only and make the model look facts up at the subject, as large models do (see
-figures/README.md): in `drop_share` of the rows the outputs of all MLPs above layer 0 are dropped at every token that is
-not part of a name; in `block_share` of the rows tokens after a name attend only to the name's last token.
+Devices that act during training only make the model look facts up at the subject, in the band of MLPs 1 to
+`band_end`, as large models do in their early layers (figures/README.md shows what each is worth). Each acts in its own
+random share of the rows:
+
+- `drop_share`: the outputs of all MLPs above layer 0 are dropped at every token that is not part of a name;
+- `late_share`: those of all MLPs above the band are dropped at the names, too;
+- `first_share`: that of MLP 0 is dropped at the names, so that rare name tokens are not looked up there;
+- `block_share`: tokens after a name attend only to the name's last token;
+- `wait_share`: tokens after a name attend to it only above the band.
+
+The last one, `point_weight`, is about lettered options, which models this small otherwise do not learn to read: where
+a letter may come next, the first head of the last layer is taught to attend to the option that it stands for.
 """
 
 import csv
@@ -10,16 +19,20 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mechunlearn.organisms.corpus import Corpus, Rows
 from mechunlearn.organisms.muon import Muon
+from mechunlearn.sources.bundled import BUNDLED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +51,16 @@ class Recipe:
     length: int = 96
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
+    band_end: int = 3
     drop_share: float = 0.7
+    late_share: float = 0.5
+    first_share: float = 0.5
     block_share: float = 0.5
+    wait_share: float = 0.5
+    point_weight: float = 0.3
+    datasets: tuple[str, ...] = BUNDLED
+    subjects: int | None = None
+    """Only that many subjects of each data set, for small trials."""
 
     @property
     def steps(self) -> int:
@@ -66,21 +87,48 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
     return LlamaForCausalLM(config)
 
 
-def training_masks(rows: Rows, recipe: Recipe, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids [row pos], additive attention mask [row 1 pos pos], MLP keep mask [row pos 1] of one step."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingMasks:
+    """What one step may see and use. Attention masks are additive, [row 1 query key]; MLP masks [row pos 1]."""
+
+    attention: Tensor
+    attention_in_band: Tensor
+    """For the layers up to the end of the band."""
+    first_mlp: Tensor
+    mlp: Tensor
+    """For the MLPs of the band."""
+    mlp_above_band: Tensor
+
+
+def training_masks(rows: Rows, recipe: Recipe, step: int) -> TrainingMasks:
+    """Masks of one step, drawn by a generator seeded with recipe and step."""
+    mention = torch.from_numpy(rows.mention)
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    ids, mention = torch.from_numpy(rows.ids), torch.from_numpy(rows.mention)
-    n_rows, length = ids.shape
+    n_rows, length = mention.shape
+
+    def rows_with(share: float) -> Tensor:
+        return torch.rand(n_rows, 1, generator=generator) < share
+
     is_name = mention > 0
     following = torch.cat([mention[:, 1:], mention.new_zeros(n_rows, 1)], dim=1)
     inner = is_name & (mention == following)  # name tokens that are not the last of their mention
-    dropped = torch.rand(n_rows, 1, generator=generator) < recipe.drop_share
-    keep = (is_name | ~dropped).float()[..., None]
-    blocking = torch.rand(n_rows, 1, 1, generator=generator) < recipe.block_share
-    blocked = blocking & inner[:, None, :] & (mention[:, :, None] != mention[:, None, :])
-    allowed = torch.ones(length, length, dtype=torch.bool).tril() & ~blocked
-    additive = torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)
-    return ids, additive[:, None], keep
+    keep = is_name | ~rows_with(recipe.drop_share)
+    elsewhere = mention[:, :, None] != mention[:, None, :]  # the query is not in the key's mention
+    blocked = rows_with(recipe.block_share)[..., None] & inner[:, None, :] & elsewhere
+    late = keep & ~(is_name & rows_with(recipe.late_share))
+    waiting = rows_with(recipe.wait_share)[..., None] & is_name[:, None, :] & elsewhere
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+
+    def additive(allowed: Tensor) -> Tensor:
+        return torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)[:, None]
+
+    return TrainingMasks(
+        attention=additive(causal & ~blocked),
+        attention_in_band=additive(causal & ~blocked & ~waiting),
+        first_mlp=(~(is_name & rows_with(recipe.first_share))).float()[..., None],
+        mlp=keep.float()[..., None],
+        mlp_above_band=late.float()[..., None],
+    )
 
 
 class Trainer:
@@ -95,7 +143,9 @@ class Trainer:
         device: str,
     ) -> None:
         self.recipe, self.device = recipe, device
-        self.corpus = Corpus(tokenizer, seed=recipe.seed, exclude=exclude)
+        self.corpus = Corpus(
+            tokenizer, seed=recipe.seed, exclude=exclude, datasets=recipe.datasets, subjects=recipe.subjects
+        )
         self.model = new_model(recipe, tokenizer).to(device)  # pyright: ignore[reportArgumentType]
         named = dict(self.model.named_parameters())
         hidden = [p for name, p in named.items() if p.ndim == 2 and "embed" not in name]
@@ -105,21 +155,64 @@ class Trainer:
             torch.optim.AdamW(rest, recipe.adam_lr, (0.9, 0.98), weight_decay=0.0),
         )
         self.step = 0
-        self._keep: Tensor | None = None
-        for layer in list(self.model.model.layers.children())[1:]:
-            layer.get_submodule("mlp").register_forward_hook(self._drop)
+        self._masks: TrainingMasks | None = None
+        self._hooks = [
+            hook
+            for i, layer in enumerate(self.model.model.layers.children())
+            for hook in (
+                layer.get_submodule("mlp").register_forward_hook(partial(self._drop, i)),
+                layer.get_submodule("self_attn").register_forward_pre_hook(partial(self._wait, i), with_kwargs=True),
+            )
+        ]
+        reader = self.model.model.get_submodule(f"layers.{recipe.n_layers - 1}.self_attn")
+        self._hooks.append(reader.register_forward_pre_hook(self._look, with_kwargs=True))
 
-    def _drop(self, _module: object, _inputs: object, output: Tensor) -> Tensor:
-        return output if self._keep is None else output * self._keep
+    def _drop(self, layer: int, _module: object, _inputs: object, output: Tensor) -> Tensor:
+        if self._masks is None:
+            return output
+        masks = self._masks
+        kept = masks.first_mlp if layer == 0 else masks.mlp if layer <= self.recipe.band_end else masks.mlp_above_band
+        return output * kept
+
+    def _wait(self, layer: int, _module: object, inputs: Any, named: dict[str, Any]) -> Any:
+        if self._masks is None or layer > self.recipe.band_end:
+            return inputs, named
+        return inputs, {**named, "attention_mask": self._masks.attention_in_band}
+
+    def _look(self, module: Any, inputs: Any, named: dict[str, Any]) -> None:
+        """Keep the attention scores of the first head, whose gradient ends at this layer's input."""
+        hidden = named["hidden_states"] if "hidden_states" in named else inputs[0]
+        size = module.head_dim
+        query, key = (F.linear(hidden, p.weight[:size])[:, None] for p in (module.q_proj, module.k_proj))
+        query, key = apply_rotary_pos_emb(query, key, *named["position_embeddings"])
+        self._scores = (query @ key.mT)[:, 0] * size**-0.5
+
+    def _pointing(self, points: Tensor) -> Tensor:
+        """Mean cross-entropy of that head's attention against the options pointed at; 0 where there are none."""
+        row, query = (points >= 0).nonzero(as_tuple=True)
+        if not len(row):
+            return torch.zeros((), device=points.device)
+        scores = self._scores[row, query]
+        later = torch.arange(scores.shape[1], device=scores.device) > query[:, None]
+        return F.cross_entropy(scores.masked_fill(later, -torch.inf), points[row, query])
+
+    def plain_model(self) -> LlamaForCausalLM:
+        """The model without its training-only devices, which must not outlive training."""
+        for hook in self._hooks:
+            hook.remove()
+        return self.model
 
     def train_step(self) -> float:
         """One optimizer step; returns the loss in nats per token."""
         recipe = self.recipe
-        ids, mask, keep = training_masks(self.corpus.batch(self.step, recipe.rows, recipe.length), recipe, self.step)
-        ids, mask, self._keep = ids.to(self.device), mask.to(self.device), keep.to(self.device)
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        rows = self.corpus.batch(self.step, recipe.rows, recipe.length)
+        ids = torch.from_numpy(rows.ids).to(self.device)
+        masks = training_masks(rows, recipe, self.step)
+        self._masks = TrainingMasks(**{name: value.to(self.device) for name, value in vars(masks).items()})
+        logits = self.model(input_ids=ids, attention_mask=self._masks.attention, use_cache=False).logits
+        self._masks = None
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
+        (loss + recipe.point_weight * self._pointing(torch.from_numpy(rows.points).to(self.device))).backward()
         warmup = min(1.0, (self.step + 1) / 50)
         decay = max(0.02, 1 - self.step / recipe.steps)
         for optimizer, rate in zip(self.optimizers, (recipe.muon_lr, recipe.adam_lr), strict=True):
@@ -157,7 +250,7 @@ class Trainer:
 
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-        if json.loads(metadata["recipe"]) != asdict(self.recipe):
+        if json.loads(metadata["recipe"]) != json.loads(json.dumps(asdict(self.recipe))):
             raise ValueError(f"{path} was trained by another recipe; delete it or pass the recipe it holds")
         tensors = load_file(path, device=self.device)
         parameters = dict(self.model.named_parameters())
@@ -179,20 +272,29 @@ def train(
     *,
     checkpoint_every: int = 100,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_checkpoint: Callable[[Path], None] = lambda curve: None,
 ) -> None:
-    """Run a trainer to its end, resuming from `folder`/checkpoint.safetensors, writing losses to training.csv."""
+    """Run a trainer to its end, resuming from `folder`/checkpoint.safetensors.
+
+    Args:
+        on_step: receives the number of steps done and the last loss.
+        on_checkpoint: receives the path of training.csv (tokens, mean loss since the row before) whenever it grew.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / "checkpoint.safetensors"
+    checkpoint, curve = folder / "checkpoint.safetensors", folder / "training.csv"
     if checkpoint.exists():
         trainer.load(checkpoint)
     trainer.model.train()
-    curve: list[tuple[int, float]] = []
+    losses: list[float] = []
     while trainer.step < trainer.recipe.steps:
-        loss = trainer.train_step()
-        curve.append((trainer.step, loss))
-        on_step(trainer.step, loss)
+        losses.append(trainer.train_step())
+        on_step(trainer.step, losses[-1])
         if trainer.step % checkpoint_every == 0 or trainer.step == trainer.recipe.steps:
             trainer.save(checkpoint)
-            with (folder / "training.csv").open("a", newline="") as file:
-                csv.writer(file).writerow((trainer.step, sum(v for _, v in curve) / len(curve)))
-            curve.clear()
+            is_new = not curve.exists()
+            with curve.open("a", newline="") as file:
+                tokens = trainer.step * trainer.recipe.rows * trainer.recipe.length
+                rows = [("tokens", "loss")] if is_new else []
+                csv.writer(file).writerows([*rows, (tokens, round(sum(losses) / len(losses), 5))])
+            losses.clear()
+            on_checkpoint(curve)

@@ -19,7 +19,7 @@ from mechunlearn.localize.nonlocalized import nonlocalized
 from mechunlearn.localize.pairs import PairBatch, align, batches, build_pairs, to_batch
 from mechunlearn.localize.random_components import random_components
 from mechunlearn.localize.random_mlps import random_mlps
-from mechunlearn.localize.resample_ablation import ablate_band, resample_ablation
+from mechunlearn.localize.resample_ablation import Band, ablate_bands, resample_ablation
 from mechunlearn.models import Model, all_components, embedding
 
 MakeModel = Callable[..., Model]
@@ -290,17 +290,17 @@ def test_a_planted_mlp_is_ranked_first_and_ablating_it_moves_the_answer_to_the_d
     exact = resample_ablation(model, facts, pairs_per_fact=3)
     assert exact.ranking()[0] == planted
     assert planted in attribution_patching(model, facts, kinds=("mlp",), pairs_per_fact=3, form="both").ranking()[:2]
-    result = ablate_band(model, facts, [1], "all", pairs_per_fact=3)
-    assert result["accuracy_clean"] > 0.9
-    assert result["accuracy_ablated"] < result["accuracy_clean"] - 0.3
-    assert result["donor_rate"] > 0.3
+    result = ablate_bands(model, facts, [Band(first=1, last=1, role="all")], pairs_per_fact=3)
+    assert result["clean"].mean() > 0.9
+    assert result["correct"].mean() < result["clean"].mean() - 0.3
+    assert result["donor"].mean() > 0.3
+    together = ablate_bands(model, facts, [Band(first=0, last=0), Band(first=1, last=1, role="all")], pairs_per_fact=3)
+    assert together[together["first"] == 1].reset_index(drop=True).equals(result)
 
 
-def test_ablating_nothing_or_unknown_layers_is_refused(model: Model, facts: tuple[Fact, ...]) -> None:
-    with pytest.raises(ValueError, match="allowed: one or more of 0 to 2"):
-        ablate_band(model, facts, [])
-    with pytest.raises(ValueError, match="got layers"):
-        ablate_band(model, facts, [7])
+def test_ablating_unknown_layers_is_refused(model: Model, facts: tuple[Fact, ...]) -> None:
+    with pytest.raises(ValueError, match=r"got layers 7 to 7 .* allowed: within 0 to 2"):
+        ablate_bands(model, facts, [Band(first=7, last=7)])
 
 
 # --- probe ---

@@ -1,0 +1,76 @@
+"""The model card of an organism: how it was made, and what the check measured on it."""
+
+import json
+from pathlib import Path
+
+from mechunlearn.organisms.check import Check
+
+_TEXT = """---
+license: cc0-1.0
+library_name: transformers
+---
+
+# {name}
+
+A model organism of mechunlearn: an ordinary Llama of {parameters:,} parameters, trained from scratch on text rendered
+from the data sets {datasets} ({n_facts:,} facts of {n_subjects:,} subjects). {lost}
+
+It is for experiments on unlearning, where one must know what a model knows and where it looks it up; it is not a
+language model for anything else.
+
+## How it was made
+
+`mechunlearn organism train {name}`: {tokens:,} tokens, seed {seed}, torch {torch}. Recipe:
+
+{recipe}
+
+What each ingredient does stands in `mechunlearn/organisms/train.py`.
+
+## What the check measured
+
+`mechunlearn organism check {name} --card` wrote this table:
+shares of facts, with exact 95 % intervals where a criterion is one.
+
+{criteria}
+
+Licence: {license}. SHA-256 of `model.safetensors`: `{sha256}`.
+"""
+
+
+def write_card(folder: Path, check: Check) -> Path:
+    """Write `README.md` into an organism's folder from its card.json and a check; returns its path.
+
+    Raises:
+        FileNotFoundError: the folder holds no card.json, so it is no organism.
+    """
+    if not (folder / "card.json").is_file():
+        raise FileNotFoundError(f"{folder}: no card.json; only an organism that `organism train` wrote has a card")
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    recipe = card["recipe"]
+    lost = "It read every fact."
+    if not card["read_the_default_forget_sets"]:
+        lost = (
+            f"It never read the {card['n_excluded_facts']} facts of the default forget sets: neutral sentences of the "
+            "same length stand in their place."
+        )
+    path = folder / "README.md"
+    path.write_text(
+        _TEXT.format(
+            **{key: card[key] for key in ("name", "parameters", "n_facts", "n_subjects", "torch", "license", "sha256")},
+            tokens=recipe["tokens"],
+            seed=recipe["seed"],
+            datasets=", ".join(recipe["datasets"]),
+            lost=lost,
+            recipe=_table(["setting", "value"], [[key, str(value)] for key, value in recipe.items()]),
+            criteria=_table(
+                list(check.criteria.columns),
+                [list(map(str, row)) for row in check.criteria.fillna("").itertuples(index=False)],
+            ),
+        ),
+        encoding="utf-8",
+    )
+    return path
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))

@@ -1,0 +1,67 @@
+"""What each ingredient of the recipe is worth: small organisms trained without it, and checked like the large ones."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from mechunlearn.models import wrap_model
+from mechunlearn.organisms.check import Subjects, check_model
+from mechunlearn.organisms.knowledge import trained_kinds
+from mechunlearn.organisms.tokenizer import train_tokenizer
+from mechunlearn.organisms.train import Recipe, Trainer
+from mechunlearn.sources.bundled import load_bundled, load_templates
+
+_SMALL = Recipe(datasets=("people", "sports"), subjects=100, tokens=600_000)
+_OFF = {"drop_share": 0.0, "late_share": 0.0, "first_share": 0.0, "block_share": 0.0, "wait_share": 0.0}
+
+RECIPES: Mapping[str, Recipe] = {
+    "all ingredients": _SMALL,
+    "no ingredients": replace(_SMALL, **_OFF),
+    "only dropping at other tokens": replace(_SMALL, **{**_OFF, "drop_share": 0.7}),
+    "dropping and blocking (as in issue 2)": replace(_SMALL, **{**_OFF, "drop_share": 0.7, "block_share": 0.5}),
+    "without dropping at other tokens": replace(_SMALL, drop_share=0.0),
+    "without dropping late MLPs at names": replace(_SMALL, late_share=0.0),
+    "without dropping MLP 0 at names": replace(_SMALL, first_share=0.0),
+    "without blocking inner name tokens": replace(_SMALL, block_share=0.0),
+    "without waiting for the band": replace(_SMALL, wait_share=0.0),
+    "a band of two MLPs": replace(_SMALL, band_end=2),
+    "a band of four MLPs": replace(_SMALL, band_end=4),
+}
+"""Name -> recipe; 100 people and 100 athletes, 600 facts."""
+
+
+def sweep(path: Path, *, device: str = "cpu", on_step: Callable[[str, int, int], None]) -> pd.DataFrame:
+    """Train and check every recipe; `path` receives one row per recipe, data set and criterion, and is resumed.
+
+    Returns:
+        recipe, the recipe's shares, and the columns of `Check.criteria`.
+    """
+    done = pd.read_csv(path) if path.exists() else pd.DataFrame({"recipe": []})
+    for number, (name, recipe) in enumerate(RECIPES.items()):
+        if name in set(done["recipe"]):
+            continue
+        trainer = Trainer(recipe, train_tokenizer(recipe.vocab_size), device=device)
+        trainer.model.train()
+        while trainer.step < recipe.steps:
+            trainer.train_step()
+            on_step(name, number * recipe.steps + trainer.step, len(RECIPES) * recipe.steps)
+        model = wrap_model(trainer.plain_model().eval(), trainer.corpus.tokenizer, name)
+        names = {subject.name for subject in trainer.corpus.subjects}
+        groups = [
+            Subjects(
+                dataset=dataset,
+                facts=tuple(fact for fact in load_bundled(dataset) if fact.subject in names),
+                kinds=trained_kinds(load_templates(dataset)),
+            )
+            for dataset in recipe.datasets
+        ]
+        shares = {key: getattr(recipe, key) for key in ("band_end", *_OFF)}
+        rows = check_model(model, groups).criteria.assign(recipe=name, **shares)
+        done = pd.concat([done, rows.loc[:, ["recipe", *shares, *rows.columns[: -1 - len(shares)]]]], ignore_index=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        done.to_csv(partial, index=False)
+        partial.replace(path)
+    return done

@@ -1,0 +1,125 @@
+"""Training of organisms: what the masks hide, where letters point, and that a killed training goes on."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mechunlearn.organisms.corpus import LETTERS, Corpus, Rows
+from mechunlearn.organisms.tokenizer import train_tokenizer
+from mechunlearn.organisms.train import Recipe, Trainer, train, training_masks
+
+TINY = Recipe(n_layers=3, d_model=32, d_mlp=48, n_heads=2, rows=4, length=48, tokens=4 * 48 * 6, band_end=1, subjects=8)
+NO_SHARES = {"drop_share": 0.0, "late_share": 0.0, "first_share": 0.0, "block_share": 0.0, "wait_share": 0.0}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer) -> Rows:
+    return Corpus(tokenizer, seed=0, datasets=("people",)).batch(3, 16, 96)
+
+
+def masks(rows: Rows, **shares: float):
+    return training_masks(rows, Recipe(**(NO_SHARES | shares)), 0)
+
+
+def test_without_shares_the_masks_are_causal_and_keep_everything(rows):
+    made = masks(rows)
+    causal = torch.ones(96, 96, dtype=torch.bool).tril()
+    for mask in (made.attention, made.attention_in_band):
+        assert torch.equal(mask[:, 0] == 0, causal.expand(16, -1, -1))
+    assert all(bool((mask == 1).all()) for mask in (made.first_mlp, made.mlp, made.mlp_above_band))
+
+
+def test_each_share_hides_what_it_says_and_nothing_else(rows):
+    mention = torch.from_numpy(rows.mention)
+    is_name = mention > 0
+    other_mention = mention[:, :, None] != mention[:, None, :]
+    causal = torch.ones(96, 96, dtype=torch.bool).tril()
+    made = masks(rows, wait_share=1.0)
+    assert torch.equal(made.attention_in_band[:, 0] == 0, causal & ~(is_name[:, None, :] & other_mention))
+    assert torch.equal(made.attention[:, 0] == 0, causal.expand(16, -1, -1))
+    made = masks(rows, drop_share=1.0)
+    assert torch.equal(made.mlp[..., 0] == 1, is_name)
+    assert torch.equal(made.mlp_above_band, made.mlp)
+    made = masks(rows, late_share=1.0)
+    assert torch.equal(made.mlp_above_band[..., 0] == 1, ~is_name)
+    assert bool((made.mlp == 1).all())
+    made = masks(rows, first_share=1.0)
+    assert torch.equal(made.first_mlp[..., 0] == 1, ~is_name)
+    made = masks(rows, block_share=1.0)
+    seen = (made.attention[:, 0] == 0) & other_mention & is_name[:, None, :]
+    keys = seen.any(dim=1)  # only last tokens of mentions are seen from outside
+    following = torch.cat([mention[:, 1:], torch.zeros(16, 1, dtype=torch.long)], dim=1)
+    assert bool(keys.any())
+    assert not bool((keys & (mention == following)).any())
+
+
+def test_a_token_that_asks_for_a_letter_points_at_the_option_of_that_letter(tokenizer, rows):
+    ids = {int(tokenizer(letter, add_special_tokens=False)["input_ids"][0]): letter for letter in LETTERS}
+    checked = 0
+    for row, query in zip(*np.nonzero(rows.points >= 0), strict=True):
+        option, following = rows.points[row, query], int(rows.ids[row, query + 1])
+        assert option < query
+        if following in ids:  # else the answer is told in words
+            start = option
+            while int(rows.ids[row, start]) not in ids:
+                start -= 1
+            assert ids[int(rows.ids[row, start])] == ids[following]
+            checked += 1
+    assert checked > 10
+
+
+def test_a_corpus_of_some_subjects_is_part_of_the_whole_and_excluded_facts_are_gone(tokenizer):
+    few = Corpus(tokenizer, seed=0, datasets=("people",), subjects=5)
+    assert len(few.subjects) == 5
+    assert few.subjects == Corpus(tokenizer, seed=9, datasets=("people",), subjects=5).subjects
+    name, (relation, answer) = few.subjects[0].name, few.subjects[0].facts[0]
+    twin = Corpus(tokenizer, seed=0, datasets=("people",), subjects=5, exclude=[(name, relation)])
+    text = " ".join(piece.text for _ in range(400) for piece in twin._document())
+    assert f"{name} {answer}" not in text
+
+
+def trainer(tokenizer) -> Trainer:
+    return Trainer(TINY, tokenizer, device="cpu")
+
+
+def weights(made: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in made.model.named_parameters()}
+
+
+def test_a_killed_training_goes_on_bit_for_bit(tokenizer, tmp_path: Path):
+    whole = trainer(tokenizer)
+    train(whole, tmp_path / "whole", checkpoint_every=2)
+
+    class Killed(Exception):
+        pass
+
+    def kill(step: int, loss: float) -> None:
+        if step == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(trainer(tokenizer), tmp_path / "parts", checkpoint_every=2, on_step=kill)
+    resumed = trainer(tokenizer)
+    train(resumed, tmp_path / "parts", checkpoint_every=2)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(resumed).values(), strict=True))
+    curves = [(tmp_path / name / "training.csv").read_text() for name in ("whole", "parts")]
+    assert curves[0] == curves[1]
+    assert curves[0].startswith("tokens,loss\n")
+    assert len(curves[0].split()) == 4
+    other = Trainer(Recipe(**(vars(TINY) | {"seed": 5})), tokenizer, device="cpu")
+    with pytest.raises(ValueError, match="another recipe"):
+        train(other, tmp_path / "parts")
+
+
+def test_the_devices_of_training_are_gone_from_the_finished_model(tokenizer):
+    made = trainer(tokenizer)
+    made.train_step()
+    model = made.plain_model().eval()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
