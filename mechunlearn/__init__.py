@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mechunlearn import attack, edit, evaluate, localize, report
+    from mechunlearn.checkpoints import load_model, save_model
     from mechunlearn.components import Component, ComponentScores
     from mechunlearn.edit.edits import WeightEdit, applied, export_edit, load_edit, save_edit
     from mechunlearn.facts import Fact, FactSet, FactSplit, split_facts, with_edit_targets
     from mechunlearn.masks import ParameterMask, mask_of, random_mask_like, select_components
-    from mechunlearn.models import Model, load_model, save_model, wrap_model
+    from mechunlearn.models import Model, wrap_model
     from mechunlearn.sources.loading import load_facts
     from mechunlearn.verdict import Verdict, decide
 
@@ -40,11 +41,11 @@ _HOME = {
     "export_edit": "edit.edits",
     "load_edit": "edit.edits",
     "load_facts": "sources.loading",
-    "load_model": "models",
+    "load_model": "checkpoints",
     "mask_of": "masks",
     "random_mask_like": "masks",
     "save_edit": "edit.edits",
-    "save_model": "models",
+    "save_model": "checkpoints",
     "select_components": "masks",
     "split_facts": "facts",
     "with_edit_targets": "facts",

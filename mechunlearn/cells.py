@@ -13,6 +13,7 @@ from torch import Tensor
 from mechunlearn.attack import ATTACKS
 from mechunlearn.attack.results import AttackResult
 from mechunlearn.bench.suppressed import Acceptance, suppress_with_lora
+from mechunlearn.checkpoints import load_model
 from mechunlearn.components import Component
 from mechunlearn.edit import EDITORS
 from mechunlearn.edit.edits import WeightEdit, applied
@@ -20,7 +21,7 @@ from mechunlearn.evaluate import Evaluation, evaluate, take_baseline
 from mechunlearn.facts import FactSplit
 from mechunlearn.masks import mask_of
 from mechunlearn.metrics import score_facts
-from mechunlearn.models import Model, component_parameters, load_model
+from mechunlearn.models import Model, component_parameters
 from mechunlearn.runs import Cell, CellRole
 from mechunlearn.settings import Settings
 from mechunlearn.verdict import AttackEvidence, PositiveControl, decide, demonstrate_power, gather_evidence

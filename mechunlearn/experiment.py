@@ -19,13 +19,14 @@ import pandas as pd
 import torch
 
 from mechunlearn.cells import CellTask, Judged, conclude, demonstrated, judge, warm_up
+from mechunlearn.checkpoints import load_model
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.facts import Fact, FactSet, FactSplit, balanced_sample, split_facts, with_edit_targets
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.agreement import agreement
 from mechunlearn.masks import ParameterMask, mask_of, n_localizable, random_mask_like, select_components
 from mechunlearn.metrics import known_facts
-from mechunlearn.models import Model, load_model
+from mechunlearn.models import Model
 from mechunlearn.organisms.forget_sets import load_forget_set
 from mechunlearn.runs import Cell, Run, whole_folder
 from mechunlearn.settings import ArmSettings, FactsSettings, Settings

@@ -21,9 +21,9 @@ class Asked:
 
     text: str
     candidates: tuple[str, ...]
-    """What the model is scored on, written without a leading space: answers, or letters."""
+    """What the model is scored on, written without a leading space: answers, and in multiple choice letters, too."""
     answers: tuple[str, ...]
-    """The answer that each candidate stands for, in the same order."""
+    """The answer that each candidate stands for, in the same order; one answer may have several candidates."""
 
 
 def forms(fact: Fact) -> tuple[str, ...]:
@@ -77,7 +77,8 @@ def ask(fact: Fact, form: str, *, drop_targets: bool = False, seed: int = 0) -> 
     "choice" is asked once for every rotation of its options, so that every option stands at every letter once and
     a liking for a letter cancels, whatever other facts are scored beside this one. Which options stand beside the
     true answer (and `target_new`, unless dropped), and their order, is drawn by a generator seeded with the fact
-    and `seed`; hence the true letter of the first text is spread evenly over facts.
+    and `seed`; hence the true letter of the first text is spread evenly over facts. An option counts as chosen by its
+    letter or by its words: its probability is the sum of both, so that a model which answers either way is measured.
 
     Raises:
         ValueError: the fact has no such form, or fewer than two candidates.
@@ -109,7 +110,9 @@ def _choice(fact: Fact, options: Sequence[str]) -> Asked:
     letters = LETTERS[: len(options)]
     listed = "".join(f" {letter}: {option}" for letter, option in zip(letters, options, strict=True))
     text = f"Question: {fact.ask(fact.questions[0])}{listed} Answer:"
-    return Asked(text=text, candidates=letters, answers=tuple(options))
+    if set(letters) & set(options):  # "A" as an answer could mean either
+        return Asked(text=text, candidates=letters, answers=tuple(options))
+    return Asked(text=text, candidates=(*letters, *options), answers=(*options, *options))
 
 
 def tokenizer_of(model: Model) -> PreTrainedTokenizerBase:

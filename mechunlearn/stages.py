@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from mechunlearn.attack import ATTACKS
+from mechunlearn.checkpoints import bundled_models, load_model, model_folder
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.edit import EDITORS
 from mechunlearn.edit.edits import applied, export_edit, load_edit, save_edit
@@ -19,7 +20,6 @@ from mechunlearn.experiment import Stage, prepare
 from mechunlearn.experiment import localize as run_localizer
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.masks import mask_of, select_components
-from mechunlearn.models import bundled_models, load_model, model_folder
 from mechunlearn.organisms.bundle import ORGANISMS, ORIGINAL, TWIN, train_organism
 from mechunlearn.organisms.card import write_card
 from mechunlearn.organisms.check import Check, Subjects, check_model

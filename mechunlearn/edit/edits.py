@@ -14,11 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mechunlearn.checkpoints import save_model
 from mechunlearn.components import Component
 from mechunlearn.edit.losses import Term, weighted_sum
 from mechunlearn.edit.training import Schedule, masked_trainable, substituted, train
 from mechunlearn.masks import ParameterMask
-from mechunlearn.models import Model, save_model
+from mechunlearn.models import Model
 
 FORMAT = "mechunlearn weight edit 1"
 

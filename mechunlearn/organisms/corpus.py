@@ -39,8 +39,10 @@ class Rows:
     ids: Int[np.ndarray, "row pos"]
     mention: Int[np.ndarray, "row pos"]
     """0 outside names, else the mention's number in its row."""
-    points: Int[np.ndarray, "row pos"]
-    """Where a letter comes next: the position of the option it stands for (its last token); -1 elsewhere."""
+    letter: Int[np.ndarray, "row pos"]
+    """At the last token of a listed option: the position of its letter; -1 elsewhere."""
+    option: Int[np.ndarray, "row pos"]
+    """Where a letter may come next: the position of the option it stands for (its last token); -1 elsewhere."""
 
 
 GLUED = ",.?;'"  # a piece that begins with one of these follows the word before it without a space
@@ -103,7 +105,8 @@ class Corpus:
         self.rng = random.Random(f"{self.seed}|{step}")
         ids = np.zeros((rows, length), dtype=np.int64)
         mention = np.zeros((rows, length), dtype=np.int64)
-        points = np.full((rows, length), -1, dtype=np.int64)
+        letter = np.full((rows, length), -1, dtype=np.int64)
+        option = np.full((rows, length), -1, dtype=np.int64)
         for row in range(rows):
             position, count = 0, 0
             while position < length:
@@ -114,12 +117,13 @@ class Corpus:
                     end = position + len(encoded)
                     ids[row, position:end] = encoded
                     mention[row, position:end] = count if piece.is_name else 0
-                    if piece.option is not None:
+                    if piece.option is not None and encoded:
+                        letter[row, end - 1] = position - 2  # before the colon
                         listed[piece.option] = end - 1
                     if piece.asks is not None and end < length:
-                        points[row, end - 1] = listed[piece.asks]
+                        option[row, end - 1] = listed[piece.asks]
                     position = end
-        return Rows(ids=ids, mention=mention, points=points)
+        return Rows(ids=ids, mention=mention, letter=letter, option=option)
 
     def _encode(self, text: str) -> list[int]:
         if text == self.tokenizer.bos_token:

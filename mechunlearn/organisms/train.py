@@ -10,8 +10,9 @@ random share of the rows:
 - `block_share`: tokens after a name attend only to the name's last token;
 - `wait_share`: tokens after a name attend to it only above the band.
 
-The last one, `point_weight`, is about lettered options, which models this small otherwise do not learn to read: where
-a letter may come next, the first head of the last layer is taught to attend to the option that it stands for.
+The last one, `point_weight`, is about lettered options, which models this small otherwise do not learn to read: the
+first head of layer 1 is taught to attend from an option to its letter, the first head of the last layer from the place
+where a letter may come next to the option that it stands for.
 """
 
 import csv
@@ -164,8 +165,11 @@ class Trainer:
                 layer.get_submodule("self_attn").register_forward_pre_hook(partial(self._wait, i), with_kwargs=True),
             )
         ]
-        reader = self.model.model.get_submodule(f"layers.{recipe.n_layers - 1}.self_attn")
-        self._hooks.append(reader.register_forward_pre_hook(self._look, with_kwargs=True))
+        self.readers = (1, recipe.n_layers - 2)
+        self._scores: dict[int, Tensor] = {}
+        for layer in self.readers:
+            attention = self.model.model.get_submodule(f"layers.{layer}.self_attn")
+            self._hooks.append(attention.register_forward_pre_hook(partial(self._look, layer), with_kwargs=True))
 
     def _drop(self, layer: int, _module: object, _inputs: object, output: Tensor) -> Tensor:
         if self._masks is None:
@@ -179,20 +183,20 @@ class Trainer:
             return inputs, named
         return inputs, {**named, "attention_mask": self._masks.attention_in_band}
 
-    def _look(self, module: Any, inputs: Any, named: dict[str, Any]) -> None:
-        """Keep the attention scores of the first head, whose gradient ends at this layer's input."""
+    def _look(self, layer: int, module: Any, inputs: Any, named: dict[str, Any]) -> None:
+        """Keep the attention scores of a layer's first head."""
         hidden = named["hidden_states"] if "hidden_states" in named else inputs[0]
         size = module.head_dim
         query, key = (F.linear(hidden, p.weight[:size])[:, None] for p in (module.q_proj, module.k_proj))
         query, key = apply_rotary_pos_emb(query, key, *named["position_embeddings"])
-        self._scores = (query @ key.mT)[:, 0] * size**-0.5
+        self._scores[layer] = (query @ key.mT)[:, 0] * size**-0.5
 
-    def _pointing(self, points: Tensor) -> Tensor:
-        """Mean cross-entropy of that head's attention against the options pointed at; 0 where there are none."""
+    def _pointing(self, layer: int, points: Tensor) -> Tensor:
+        """Mean cross-entropy of that head's attention against the positions pointed at; 0 where there are none."""
         row, query = (points >= 0).nonzero(as_tuple=True)
         if not len(row):
             return torch.zeros((), device=points.device)
-        scores = self._scores[row, query]
+        scores = self._scores[layer][row, query]
         later = torch.arange(scores.shape[1], device=scores.device) > query[:, None]
         return F.cross_entropy(scores.masked_fill(later, -torch.inf), points[row, query])
 
@@ -212,7 +216,9 @@ class Trainer:
         logits = self.model(input_ids=ids, attention_mask=self._masks.attention, use_cache=False).logits
         self._masks = None
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        (loss + recipe.point_weight * self._pointing(torch.from_numpy(rows.points).to(self.device))).backward()
+        taught = [(self.readers[0], rows.letter), (self.readers[1], rows.option)]
+        pointing = sum(self._pointing(layer, torch.from_numpy(at).to(self.device)) for layer, at in taught)
+        (loss + recipe.point_weight * pointing).backward()
         warmup = min(1.0, (self.step + 1) / 50)
         decay = max(0.02, 1 - self.step / recipe.steps)
         for optimizer, rate in zip(self.optimizers, (recipe.muon_lr, recipe.adam_lr), strict=True):

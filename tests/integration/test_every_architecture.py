@@ -6,11 +6,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mechunlearn import localize
+from mechunlearn.checkpoints import load_model, save_model
 from mechunlearn.edit.edits import applied, export_edit
 from mechunlearn.edit.inject import inject
 from mechunlearn.facts import with_edit_targets
 from mechunlearn.masks import select_components
-from mechunlearn.models import load_model, save_model
 
 
 @torch.no_grad()

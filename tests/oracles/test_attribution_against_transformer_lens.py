@@ -5,11 +5,12 @@ import torch
 import transformers
 
 from mechunlearn.activations import untouched
+from mechunlearn.bridge import build_bridge
 from mechunlearn.components import Component, Kind
 from mechunlearn.facts import FactSet
 from mechunlearn.localize.attribution_patching import first_order_scores
 from mechunlearn.localize.pairs import build_pairs, to_batch
-from mechunlearn.models import Model, all_components, build_bridge, wrap_model
+from mechunlearn.models import Model, all_components, wrap_model
 
 
 def _llama_with_all_key_heads(tokenizer: transformers.PreTrainedTokenizerFast) -> Model:

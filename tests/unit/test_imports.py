@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[2] / "mechunlearn"
 ORDER = (
     ("registry", "facts", "components", "statistics"),
     ("architectures",),
-    ("models",),
+    ("models", "bridge"),
+    ("checkpoints",),
     ("prompts", "activations"),
     ("metrics", "probes"),
     ("sources", "localize"),

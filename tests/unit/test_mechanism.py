@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from mechunlearn.activations import blocked_attention, last_logits, pad, untouched
+from mechunlearn.checkpoints import load_model
 from mechunlearn.facts import Fact, FactSet
 from mechunlearn.localize.attention_knockout import knock_out_attention
 from mechunlearn.localize.resample_ablation import Band, ablate_bands
-from mechunlearn.models import Model, load_model
+from mechunlearn.models import Model
 from mechunlearn.organisms.card import write_card
 from mechunlearn.organisms.check import NEEDS, Check, Subjects, check_model
 from mechunlearn.organisms.knowledge import guessable, knowledge, plain_kinds, trained_kinds

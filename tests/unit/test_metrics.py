@@ -8,9 +8,17 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from mechunlearn.facts import Fact, FactSet
-from mechunlearn.metrics import candidate_log_probs, kl_from, known_facts, perplexity, reference_of, score_facts
+from mechunlearn.metrics import (
+    _mean_probabilities,
+    candidate_log_probs,
+    kl_from,
+    known_facts,
+    perplexity,
+    reference_of,
+    score_facts,
+)
 from mechunlearn.models import Model, wrap_model
-from mechunlearn.organisms.corpus import Corpus, _fill
+from mechunlearn.organisms.corpus import Corpus, Piece, _fill
 from mechunlearn.prompts import ask, candidates, encode_answers, forms, locate_subject, render, token_roles
 
 PROMPTS = ("The colour of Bram is", "Cora Marlowe lives in the city of", "What", "Where is Hilda Okafor born? Answer:")
@@ -99,10 +107,12 @@ def test_dropped_targets_are_no_candidates():
 def test_choice_puts_every_option_at_every_letter_and_reads_like_the_training_text(tiny_facts: FactSet):
     fact = tiny_facts.of("colour")[0]
     asked = ask(fact, "choice", seed=3)
-    assert [one.candidates for one in asked] == [("A", "B", "C", "D")] * 4
+    for one in asked:  # an option may be chosen by its letter or by its words
+        assert one.candidates == ("A", "B", "C", "D", *one.answers[:4])
+        assert one.answers[:4] == one.answers[4:]
     for letter in range(4):
         assert {one.answers[letter] for one in asked} == set(fact.choices)
-    a, b, c, d = asked[0].answers
+    a, b, c, d = asked[0].answers[:4]
     question = fact.ask(fact.questions[0])
     assert render(fact, "choice", 3) == f"Question: {question} A: {a} B: {b} C: {c} D: {d} Answer:"
     assert asked == ask(fact, "choice", seed=3)
@@ -116,11 +126,29 @@ def test_choice_matches_the_corpus_format(tiny_facts: FactSet):
     fact = tiny_facts.of("colour")[0]
     corpus = Corpus.__new__(Corpus)
     corpus.rng, corpus.answers = random.Random(0), {"colour": list(fact.choices)}
-    corpus._question = lambda name, _relation: [("Question:", False), *_fill(fact.questions[0], name)]
-    text = " ".join(piece.strip() for piece, _ in corpus._choice(fact.subject, [("colour", fact.target_true)]))
-    ours = [f"{one.text} {one.candidates[one.answers.index(fact.target_true)]}." for s in range(50)
-            for one in ask(fact, "choice", seed=s)]  # fmt: skip
-    assert text.replace(" ?", "?") in ours
+    corpus._question = lambda name, _relation: [Piece("Question:"), *_fill(fact.questions[0], name)]
+    ours = [
+        f"{one.text} {candidate}."
+        for s in range(50)
+        for one in ask(fact, "choice", seed=s)
+        for candidate, answer in zip(one.candidates, one.answers, strict=True)
+        if answer == fact.target_true
+    ]
+    for _ in range(10):
+        text = " ".join(piece.text for piece in corpus._choice(fact.subject, [("colour", fact.target_true)]))
+        assert text.replace(" ?", "?") in ours
+
+
+def test_in_multiple_choice_an_option_has_the_probability_of_its_letter_and_of_its_words():
+    fact = Fact(
+        subject="Ann", relation="r", prompt="{} is", target_true="x", questions=("What is {}?",), choices=("x", "y")
+    )
+    turns = ask(fact, "choice")
+    scores = []
+    for one in turns:  # knows the answer in words, has no idea of letters
+        likely = {"A": 0.2, "B": 0.2, "x": 0.5, "y": 0.1}
+        scores.append((one, torch.tensor([likely[c] for c in one.candidates]).log()))
+    assert _mean_probabilities(scores) == pytest.approx({"x": 0.7, "y": 0.3})
 
 
 def test_forms_are_listed_and_unknown_ones_refused(tiny_facts: FactSet):

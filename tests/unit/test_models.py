@@ -11,7 +11,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mechunlearn import models
+from mechunlearn import checkpoints, models
+from mechunlearn.bridge import build_bridge
+from mechunlearn.checkpoints import load_model, save_model
 from mechunlearn.components import Component
 from mechunlearn.models import (
     Model,
@@ -19,8 +21,6 @@ from mechunlearn.models import (
     all_components,
     component_parameters,
     first_output,
-    load_model,
-    save_model,
     with_first_output,
     wrap_model,
 )
@@ -236,7 +236,7 @@ def test_a_fresh_bridge_shows_an_edit_of_copied_parameters(tiny_model: Callable[
     with torch.no_grad():
         dict(model.hf.named_parameters())[model.copied_parameters[0]].mul_(2.0)
         assert not torch.allclose(model.bridge(IDS), logits(model), atol=1e-4)
-        torch.testing.assert_close(models.build_bridge(model)(IDS), logits(model), rtol=0, atol=1e-6)
+        torch.testing.assert_close(build_bridge(model)(IDS), logits(model), rtol=0, atol=1e-6)
 
 
 def test_the_bridge_tokenizes_as_the_model_does_and_works_without_a_tokenizer(tiny_model: Callable[..., Model]) -> None:
@@ -282,7 +282,7 @@ def test_the_hash_is_of_the_weights(tiny_model: Callable[..., Model]) -> None:
 @pytest.fixture
 def organism(tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundled organism called "small": float16 weights with a card."""
-    monkeypatch.setattr(models, "_weights_folder", lambda: tmp_path / "weights")
+    monkeypatch.setattr(checkpoints, "_weights_folder", lambda: tmp_path / "weights")
     folder = tmp_path / "weights" / "small"
     model = tiny_model("gpt2")
     save_model(wrap_model(model.hf.half(), model.tokenizer), folder)
@@ -292,7 +292,7 @@ def organism(tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_bundled_organism_loads_by_name_in_float32(organism: Path, tiny_model: Callable[..., Model]) -> None:
-    assert models.bundled_models() == ("small",)
+    assert checkpoints.bundled_models() == ("small",)
     loaded = load_model("small")
     assert (loaded.name, loaded.dtype) == ("small", torch.float32)
     torch.testing.assert_close(logits(loaded), logits(tiny_model("gpt2")), rtol=0, atol=1e-3)

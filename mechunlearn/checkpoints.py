@@ -1,0 +1,211 @@
+"""Loading models by name and saving them: bundled organisms, Hugging Face folders, names on the hub."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from mechunlearn.architectures import architecture_of
+from mechunlearn.models import Model
+from mechunlearn.registry import did_you_mean
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def bundled_models() -> tuple[str, ...]:
+    """Names of the model organisms that come with the package."""
+    folder = _weights_folder()
+    return tuple(sorted(p.parent.name for p in folder.glob("*/config.json"))) if folder.is_dir() else ()
+
+
+def load_model(
+    name_or_path: str | Path, *, device: str = "auto", dtype: DType = "auto", revision: str | None = None
+) -> Model:
+    """Load a bundled organism by name, a Hugging Face folder, or a model of the hub by its id.
+
+    Only safetensors weights are read and no code from a checkpoint is ever run.
+
+    Args:
+        device: "auto" is CUDA if there is one, else CPU.
+        dtype: "auto" is float32 on the CPU and for bundled organisms, else the checkpoint's own.
+        revision: commit, branch or tag on the hub.
+
+    Raises:
+        FileNotFoundError: no such folder, an unknown name, or a folder without a checkpoint.
+        ValueError: a checkpoint that is damaged or incomplete.
+        NotSupported: an architecture that mechunlearn does not know.
+    """
+    where, bundled = _resolve(str(name_or_path))
+    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if bundled:
+        _check_sha256(Path(where))
+    try:
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name_or_path, error) from None
+    architecture_of(config)
+    if dtype == "auto":
+        wanted: Any = torch.float32 if bundled or chosen.type == "cpu" else "auto"
+    else:
+        wanted = getattr(torch, dtype)
+    hf = _load_weights(where, config, wanted, revision).to(chosen)  # pyright: ignore[reportArgumentType]
+    return Model(
+        hf=hf.eval(),
+        tokenizer=_load_tokenizer(where, revision),
+        name=str(name_or_path),
+        revision=getattr(config, "_commit_hash", None) or revision,
+    )
+
+
+def save_model(model: Model, folder: str | Path) -> None:
+    """Write a plain Hugging Face checkpoint, all or nothing; it loads without this package.
+
+    Raises:
+        ValueError: the folder exists and is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"cannot save a model to {folder}: it exists and is not an empty folder; choose another")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        with _no_progress_bars():
+            model.hf.save_pretrained(temporary)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(temporary)
+        temporary.chmod(0o755)  # mkdtemp's own mode would hide the checkpoint from everyone else
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Transformers draws one even for a checkpoint of a megabyte."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _weights_folder() -> Path:
+    return Path(str(files("mechunlearn"))) / "organisms" / "weights"
+
+
+def model_folder(name: str) -> Path | None:
+    """The folder that `load_model` would read; None for a name on the hub."""
+    where, _ = _resolve(name)
+    return Path(where) if Path(where).is_dir() else None
+
+
+def _resolve(name: str) -> tuple[str, bool]:
+    """Where to load from, and whether it is a bundled organism."""
+    bundled = bundled_models()
+    if not name:
+        raise FileNotFoundError(f"no model folder ''; give a folder, a hub id or a bundled model: {_known(bundled)}")
+    if name in bundled:
+        return str(_weights_folder() / name), True
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"model folder {name}: no config.json in it; give a Hugging Face checkpoint folder")
+        return str(path), False
+    parts = name.split("/")
+    if path.is_absolute() or parts[0] in (".", "..", "~") or len(parts) > 2:
+        raise FileNotFoundError(
+            f"no model folder {name!r}; give a folder, a hub id or a bundled model: {_known(bundled)}"
+        )
+    return name, False
+
+
+def _known(bundled: Sequence[str]) -> str:
+    return ", ".join(bundled) or "none installed"
+
+
+def _cannot_load(name: str | Path, error: Exception) -> Exception:
+    """One line out of transformers' many."""
+    if (Path(str(name)).expanduser() / "config.json").is_file() or str(name) in bundled_models():
+        return ValueError(f"cannot read the checkpoint {name}: {_first_line(error)}")
+    hint = did_you_mean(str(name), bundled_models()).replace("Known:", "Bundled:")
+    return FileNotFoundError(
+        f"no model {str(name)!r}: not bundled, not a folder, and not available from the hub.{hint}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _check_sha256(folder: Path) -> None:
+    """Compare a bundled organism's weights with its card, if it has one."""
+    card = folder / "card.json"
+    if not card.is_file():
+        return
+    expected = json.loads(card.read_text(encoding="utf-8")).get("sha256")
+    with (folder / "model.safetensors").open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if expected is not None and actual != expected:
+        raise ValueError(f"bundled model '{folder.name}': model.safetensors has sha256 {actual[:12]}..., its card says "
+                         f"{str(expected)[:12]}...; reinstall the package")  # fmt: skip
+
+
+def _load_weights(where: str, config: PretrainedConfig, dtype: Any, revision: str | None) -> PreTrainedModel:
+    try:
+        with _no_progress_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where, config=config, dtype=dtype, revision=revision, use_safetensors=True, trust_remote_code=False,
+                output_loading_info=True,
+            )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"cannot read the weights of {where}: {_first_line(error)}; needs safetensors") from None
+    hf, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"checkpoint {where} is incomplete: {len(missing)} weights are missing, e.g. {missing[0]}")
+    return hf
+
+
+def _is_plain_tokenizer(folder: Path) -> bool:
+    """Whether tokenizer.json says it all.
+
+    For some families (Qwen 2) AutoTokenizer overrules such a folder and splits words by the family's own rules.
+    """
+    config = folder / "tokenizer_config.json"
+    if not (config.is_file() and (folder / "tokenizer.json").is_file()):
+        return False
+    declared = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
+    return declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
+
+
+def _load_tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerBase | None:
+    """The checkpoint's tokenizer; None for a folder that has none."""
+    folder = Path(where)
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            return None
+        if _is_plain_tokenizer(folder):
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
