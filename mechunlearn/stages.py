@@ -11,6 +11,8 @@ from typing import Any
 import pandas as pd
 
 from mechunlearn.attack import ATTACKS
+from mechunlearn.bench.check import Check, Subjects, check_model
+from mechunlearn.bench.knowledge import plain_kinds, trained_kinds
 from mechunlearn.checkpoints import bundled_models, load_model, model_folder
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.edit import EDITORS
@@ -22,9 +24,7 @@ from mechunlearn.localize import LOCALIZERS
 from mechunlearn.masks import mask_of, select_components
 from mechunlearn.organisms.bundle import ORGANISMS, ORIGINAL, TWIN, train_organism
 from mechunlearn.organisms.card import write_card
-from mechunlearn.organisms.check import Check, Subjects, check_model
 from mechunlearn.organisms.forget_sets import FORGET_SETS
-from mechunlearn.organisms.knowledge import plain_kinds, trained_kinds
 from mechunlearn.organisms.sweep import sweep as train_and_check
 from mechunlearn.registry import Registry, did_you_mean
 from mechunlearn.report.check import check_figure, sweep_figure, training_figure

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from mechunlearn.organisms.check import Check
+from mechunlearn.bench.check import Check
 
 _TEXT = """---
 license: cc0-1.0

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from mechunlearn.bench.check import Subjects, check_model
+from mechunlearn.bench.knowledge import trained_kinds
 from mechunlearn.models import wrap_model
-from mechunlearn.organisms.check import Subjects, check_model
-from mechunlearn.organisms.knowledge import trained_kinds
 from mechunlearn.organisms.tokenizer import train_tokenizer
 from mechunlearn.organisms.train import Recipe, Trainer
 from mechunlearn.sources.bundled import load_bundled, load_templates

@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from mechunlearn.organisms.check import FEW, Check
+from mechunlearn.bench.check import FEW, Check
 from mechunlearn.report import theme
 from mechunlearn.report.theme import label, styled
 
@@ -20,7 +20,7 @@ PANELS = (
 
 
 def check_figure(check: Check) -> go.Figure:
-    """Four panels, one for each claim about the mechanism; see `organisms.check` for the criteria.
+    """Four panels, one for each claim about the mechanism; see `bench.check` for the criteria.
 
     Units: shares of facts. Dotted lines are what the criteria need (in (a) and (b) relative to the best baseline and
     to the intact model).

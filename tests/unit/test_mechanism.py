@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from mechunlearn.activations import blocked_attention, last_logits, pad, untouched
+from mechunlearn.bench.check import NEEDS, Check, Subjects, check_model
+from mechunlearn.bench.knowledge import guessable, knowledge, plain_kinds, trained_kinds
+from mechunlearn.bench.mechanism import measure_mechanism, neighbours, subject_first
+from mechunlearn.bench.readable import readable_attributes
 from mechunlearn.checkpoints import load_model
 from mechunlearn.facts import Fact, FactSet
 from mechunlearn.localize.attention_knockout import knock_out_attention
 from mechunlearn.localize.resample_ablation import Band, ablate_bands
 from mechunlearn.models import Model
 from mechunlearn.organisms.card import write_card
-from mechunlearn.organisms.check import NEEDS, Check, Subjects, check_model
-from mechunlearn.organisms.knowledge import guessable, knowledge, plain_kinds, trained_kinds
-from mechunlearn.organisms.mechanism import measure_mechanism, neighbours, subject_first
-from mechunlearn.organisms.readable import readable_attributes
 from mechunlearn.prompts import token_roles
 from mechunlearn.report.check import check_figure, sweep_figure
 from mechunlearn.sources.bundled import load_bundled, load_templates

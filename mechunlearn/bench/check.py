@@ -7,12 +7,12 @@ from typing import Any
 
 import pandas as pd
 
+from mechunlearn.bench.knowledge import FormOf, guessable, knowledge
+from mechunlearn.bench.mechanism import Mechanism, measure_mechanism
+from mechunlearn.bench.readable import readable_attributes
 from mechunlearn.facts import Fact
 from mechunlearn.models import Model
 from mechunlearn.organisms.forget_sets import never_known
-from mechunlearn.organisms.knowledge import FormOf, guessable, knowledge
-from mechunlearn.organisms.mechanism import Mechanism, measure_mechanism
-from mechunlearn.organisms.readable import readable_attributes
 from mechunlearn.statistics import exact_interval
 
 FEW = 20  # answers; attributes with at most so many must be readable by a linear probe
