@@ -17,6 +17,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from mechunlearn.report import figures, tables
+from mechunlearn.report.maps import SUBLAYERS
 from mechunlearn.runs import Cell, Run
 from mechunlearn.statistics import Interval
 
@@ -160,7 +161,7 @@ def _score_figures(run: Run) -> Iterator[Callable[[], go.Figure]]:
     for scores in run.scores.values():
         if "curve" in scores.notes:
             yield lambda scores=scores: figures.probe_curve(scores.notes)
-        if len(scores.roles) > 1 and any(c.kind in figures.SUBLAYERS for c in scores.components):
+        if len(scores.roles) > 1 and any(c.kind in SUBLAYERS for c in scores.components):
             yield lambda scores=scores: figures.component_by_role(scores)
         if any(c.kind == "head" for c in scores.components):
             yield lambda scores=scores: figures.layer_by_head(scores)

@@ -3,9 +3,13 @@
 import html
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
+
+from mechunlearn.statistics import Interval
 
 # Okabe & Ito 2008 (jfly.uni-koeln.de/color), without black and yellow, which vanish on a dark or a light page
 EDITED, TWIN, ORIGINAL, BAD, OTHER, LIGHT = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
@@ -97,3 +101,26 @@ def token_labels(tokens: Sequence[str]) -> tuple[str, ...]:
         seen[shown] += 1
         labels.append(shown if seen[shown] == 1 else f"{shown} ({seen[shown]})")
     return tuple(labels)
+
+
+def error_bars(*intervals: Interval) -> dict[str, Any]:
+    """Error bars from bounds; none where an interval has no bounds."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "thickness": 1.5,
+        "width": 3,
+        "array": _finite(i.upper - i.value for i in intervals),
+        "arrayminus": _finite(i.value - i.lower for i in intervals),
+    }
+
+
+def _finite(lengths: Iterable[float]) -> list[float]:
+    return [max(float(x), 0.0) if np.isfinite(x) else 0.0 for x in lengths]
+
+
+def interval_words(interval: Interval) -> str:
+    """Estimate, bounds if there are any, and number of facts, for a hover text."""
+    if not np.isfinite(interval.lower):
+        return f"{interval.value:.2f}"
+    return f"{interval.value:.2f} [{interval.lower:.2f}, {interval.upper:.2f}], n = {interval.n}"
