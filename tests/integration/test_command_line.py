@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
+
+from mechunlearn.checkpoints import save_model
 
 BROKEN = {
     "no such model": ["run", "demo", "--model", "no/such/folder/here"],
@@ -12,6 +15,10 @@ BROKEN = {
     "unknown forget set or data": ["attack", "--out", "out", "--facts", "peeple-256"],
     "misspelt override": ["run", "demo", "--set", "sead=3"],
     "more facts than there are": ["run", "demo", "--set", "facts.forget=''", "--set", "facts.n=99999"],
+    "check of no model": ["organism", "check", "atlos/at/las"],
+    "check on facts there are none of": ["organism", "check", "atlas", "--facts", "nothing.csv"],
+    "card of something that is no organism": ["organism", "check", "./nowhere", "--card"],
+    "organism nobody knows": ["organism", "train", "atlass"],
     "listing of nothing": ["list", "lokalizers"],
 }
 
@@ -67,3 +74,18 @@ def test_a_table_without_a_needed_column_is_one_line(tmp_path):
     result = _run(["localize", "--facts", "mine.csv", "--out", "out"], tmp_path)
     _says_one_line(result, tmp_path, "mine.csv", "target_true")
     assert [p.name for p in tmp_path.iterdir()] == ["mine.csv"]
+
+
+def test_any_model_can_be_checked_on_ones_own_facts(tiny_model, tiny_facts, tmp_path):
+    """A random model knows nothing, and the check says so instead of failing."""
+    save_model(tiny_model("gpt2"), tmp_path / "mine")
+    rows = [(f.subject, f.relation, f.prompt, f.target_true) for f in tiny_facts]
+    pd.DataFrame(rows, columns=["subject", "relation", "prompt", "target_true"]).to_csv(tmp_path / "mine.csv")
+    result = _run(["organism", "check", "./mine", "--facts", "mine.csv"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / ".runs" / "checks" / "mine"
+    table = pd.read_csv(folder / "check.csv").set_index("criterion")
+    assert not table.loc["knows, prompt", "holds"]
+    assert (folder / "check.html").stat().st_size > 10_000
+    card = _run(["organism", "check", "./mine", "--facts", "mine.csv", "--card"], tmp_path)
+    _says_one_line(card, tmp_path, "--card", "organism train")
