@@ -19,7 +19,7 @@ from mechunlearn.edit import EDITORS
 from mechunlearn.edit.edits import WeightEdit, applied
 from mechunlearn.evaluate import Evaluation, evaluate, take_baseline
 from mechunlearn.facts import FactSplit
-from mechunlearn.masks import mask_of
+from mechunlearn.masks import mask_of, n_localizable
 from mechunlearn.metrics import score_facts
 from mechunlearn.models import Model, component_parameters
 from mechunlearn.runs import Cell, CellRole
@@ -42,7 +42,6 @@ class CellTask:
     editor: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     """Editor options of this cell alone."""
-    share: float = 0.0
     key: str = ""
     """Hash of everything that decides the result."""
 
@@ -63,6 +62,8 @@ class Judged:
     chance: float
     acceptance: Acceptance | None = None
     n_selected: int = 0
+    share: float = 0.0
+    """Edited share of all MLP and attention parameters."""
     weight_changes: pd.DataFrame | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -113,6 +114,7 @@ def judge(task: CellTask, split: FactSplit, settings: Settings) -> Judged:
     return Judged(
         task=task, evaluation=evaluation, edited=edited, null=null, original=before, null_before=null_before,
         chance=_chance(split), acceptance=acceptance, n_selected=edit.mask.n_selected if edit else 0,
+        share=edit.mask.n_selected / n_localizable(model) if edit else 0.0,
         weight_changes=_weight_changes(model, edit) if edit else None,
         notes={"seconds": round(time.monotonic() - started, 1)},
     )  # fmt: skip
@@ -135,7 +137,7 @@ def conclude(judged: Judged, settings: Settings, controls: Sequence[PositiveCont
         name=task.name, role=task.role, evaluation=judged.evaluation, edited=judged.edited, null=judged.null,
         verdict=decide(_evidence(judged), controls=controls, **_bounds(judged, settings)),
         localizer=task.localizer, editor=task.editor, components=task.components, n_selected=judged.n_selected,
-        share=task.share, weight_changes=judged.weight_changes, notes=notes,
+        share=judged.share, weight_changes=judged.weight_changes, notes=notes,
     )  # fmt: skip
 
 

@@ -274,7 +274,7 @@ def _arm_tasks(stage: Stage, masks: Mapping[str, ParameterMask]) -> list[CellTas
         CellTask(
             name=arm.name, role="arm", model=settings.model, twin=settings.twin, original=settings.model,
             components=tuple(str(component) for component in masks[arm.name].components), localizer=arm.localizer,
-            editor=arm.editor, options=arm.options, share=masks[arm.name].n_selected / n_localizable(stage.model),
+            editor=arm.editor, options=arm.options,
         )
         for arm in settings.arms
     ]  # fmt: skip
