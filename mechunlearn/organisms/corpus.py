@@ -42,7 +42,7 @@ class Rows:
     letter: Int[np.ndarray, "row pos"]
     """At the last token of a listed option: the position of its letter; -1 elsewhere."""
     option: Int[np.ndarray, "row pos"]
-    """Where a letter may come next: the position of the option it stands for (its last token); -1 elsewhere."""
+    """Where a letter is asked for by its option: the position of that option in the list (last token); -1 elsewhere."""
 
 
 GLUED = ",.?;'"  # a piece that begins with one of these follows the word before it without a space
@@ -203,7 +203,7 @@ class Corpus:
         pieces = [*self._question(name, relation), *_listed(options)]
         # half the time in words, so that the answer itself is there, too, where the letter is asked for
         told = LETTERS[right] if self.rng.random() < 0.5 else answer
-        return [*pieces, Piece("Answer:", asks=right), Piece(f"{told}.")]
+        return [*pieces, Piece(f"Answer: {told}.")]
 
     def _letters(self) -> list[Piece]:
         answers = self.answers[self.rng.choice(tuple(self.answers))]

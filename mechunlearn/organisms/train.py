@@ -11,8 +11,9 @@ random share of the rows:
 - `wait_share`: tokens after a name attend to it only above the band.
 
 The last one, `point_weight`, is about lettered options, which models this small otherwise do not learn to read: the
-first head of layer 1 is taught to attend from an option to its letter, the first head of the last layer from the place
-where a letter may come next to the option that it stands for.
+first head of layer 1 is taught to attend from an option to its letter, a head of the layer before the last from an
+option named again to the one listed. In questions they are not: pointing there, before the facts are known, delays
+learning them.
 """
 
 import csv
