@@ -57,7 +57,7 @@ def load_model(
         NotSupported: an architecture that mechunlearn does not know.
     """
     where, bundled = _resolve(str(name_or_path))
-    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    chosen = choose_device(device)
     if bundled:
         _check_sha256(Path(where))
     try:
@@ -76,6 +76,21 @@ def load_model(
         name=str(name_or_path),
         revision=getattr(config, "_commit_hash", None) or revision,
     )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA if there is one, else CPU.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    try:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).splitlines()[0]
+        raise ValueError(f"device: got {name!r}, allowed: auto, cpu, or one that is here ({told})") from None
+    return chosen
 
 
 def save_model(model: Model, folder: str | Path) -> None:

@@ -12,7 +12,7 @@ from mechunlearn.facts import Fact
 from mechunlearn.models import Model
 
 LETTERS = ("A", "B", "C", "D")
-CHOICE = "choice"
+CHOICE, BY_LETTER = "choice", "choice by letter"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def render(fact: Fact, form: str, seed: int = 0) -> str:
     Raises:
         ValueError: the fact has no such form.
     """
-    if form == CHOICE:
+    if form in (CHOICE, BY_LETTER):
         return ask(fact, form, seed=seed)[0].text
     kind, _, index = form.partition(":")
     if kind == "prompt" and not index:
@@ -79,6 +79,7 @@ def ask(fact: Fact, form: str, *, drop_targets: bool = False, seed: int = 0) -> 
     true answer (and `target_new`, unless dropped), and their order, is drawn by a generator seeded with the fact
     and `seed`; hence the true letter of the first text is spread evenly over facts. An option counts as chosen by its
     letter or by its words: its probability is the sum of both, so that a model which answers either way is measured.
+    "choice by letter" is the same text with the letters alone as candidates.
 
     Raises:
         ValueError: the fact has no such form, or fewer than two candidates.
@@ -87,13 +88,13 @@ def ask(fact: Fact, form: str, *, drop_targets: bool = False, seed: int = 0) -> 
     if len(among) < 2:
         dropped = " once target_new is dropped" if drop_targets and fact.target_new else ""
         raise ValueError(f"fact {fact.key}: {len(among)} candidate answer{dropped}, needs 2 or more; give it choices")
-    if form != CHOICE:
+    if form not in (CHOICE, BY_LETTER):
         return (Asked(text=render(fact, form), candidates=among, answers=among),)
     if not fact.questions:
-        raise ValueError(f"form: got 'choice', but {fact.key} has no question; give it questions")
+        raise ValueError(f"form: got {form!r}, but {fact.key} has no question; give it questions")
     options = _options(fact, among, seed)
     turns = [options[i:] + options[:i] for i in range(len(options))]
-    return tuple(_choice(fact, turn) for turn in turns)
+    return tuple(_choice(fact, turn, letters_alone=form == BY_LETTER) for turn in turns)
 
 
 def _options(fact: Fact, among: Sequence[str], seed: int) -> list[str]:
@@ -105,12 +106,12 @@ def _options(fact: Fact, among: Sequence[str], seed: int) -> list[str]:
     return options
 
 
-def _choice(fact: Fact, options: Sequence[str]) -> Asked:
+def _choice(fact: Fact, options: Sequence[str], *, letters_alone: bool) -> Asked:
     """The text format of the organisms' training data (organisms/corpus.py)."""
     letters = LETTERS[: len(options)]
     listed = "".join(f" {letter}: {option}" for letter, option in zip(letters, options, strict=True))
     text = f"Question: {fact.ask(fact.questions[0])}{listed} Answer:"
-    if set(letters) & set(options):  # "A" as an answer could mean either
+    if letters_alone or set(letters) & set(options):  # "A" as an answer could mean either
         return Asked(text=text, candidates=letters, answers=tuple(options))
     return Asked(text=text, candidates=(*letters, *options), answers=(*options, *options))
 

@@ -1,6 +1,6 @@
 """Single stages as the command line offers them: names and folders in, files and a table out."""
 
-import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,7 +13,7 @@ import pandas as pd
 from mechunlearn.attack import ATTACKS
 from mechunlearn.bench.check import Check, Subjects, check_model
 from mechunlearn.bench.knowledge import plain_kinds, trained_kinds
-from mechunlearn.checkpoints import bundled_models, load_model, model_folder
+from mechunlearn.checkpoints import bundled_models, choose_device, load_model, model_folder
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.edit import EDITORS
 from mechunlearn.edit.edits import applied, export_edit, load_edit, save_edit
@@ -23,12 +23,12 @@ from mechunlearn.experiment import localize as run_localizer
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.masks import mask_of, select_components
 from mechunlearn.organisms.bundle import ORGANISMS, ORIGINAL, TWIN, train_organism
-from mechunlearn.organisms.card import write_card
-from mechunlearn.organisms.forget_sets import FORGET_SETS
+from mechunlearn.organisms.card import read_card, write_card
+from mechunlearn.organisms.forget_sets import FORGET_SETS, never_known
 from mechunlearn.organisms.sweep import sweep as train_and_check
 from mechunlearn.registry import Registry, did_you_mean
 from mechunlearn.report.check import check_figure, sweep_figure, training_figure
-from mechunlearn.runs import whole_folder
+from mechunlearn.runs import replaceable, whole_folder
 from mechunlearn.settings import check_settings, preset_names
 from mechunlearn.sources import SOURCES
 from mechunlearn.sources.bundled import BUNDLED, load_templates
@@ -125,7 +125,7 @@ def train(
     recipe, _ = ORGANISMS[name]
     recipe = replace(recipe, tokens=tokens) if tokens else recipe
     return train_organism(
-        name, folder, device=device, recipe=recipe,
+        name, folder, device=choose_device(device).type, recipe=recipe,
         on_step=lambda step, loss: on_step(f"{name}: loss {loss:.3f}", step, recipe.steps),
         on_checkpoint=lambda curve: training_figure(pd.read_csv(curve)).write_html(curve.with_suffix(".html")),
     )  # fmt: skip
@@ -133,7 +133,7 @@ def train(
 
 def sweep(out: Path, *, device: str, on_step: Callable[[str, int, int], None]) -> pd.DataFrame:
     """Train and check the recipes of `organisms.sweep`; writes sweep.csv and sweep.html."""
-    rows = train_and_check(out / "sweep.csv", device=device, on_step=on_step)
+    rows = train_and_check(out / "sweep.csv", device=choose_device(device).type, on_step=on_step)
     sweep_figure(rows).write_html(out / "sweep.html")
     return rows
 
@@ -148,19 +148,24 @@ def check(
     card: bool = False,
     on_step: Callable[[str, int, int], None] = lambda text, done, total: None,
 ) -> tuple[Check, Path]:
-    """Check a model's knowledge and lookup; writes check.csv, its tables and check.html into `out`/name."""
+    """Check a model's knowledge and lookup; writes check.csv, its tables and check.html into a folder of `out`."""
     folder = model_folder(name)
-    trained = json.loads((folder / "card.json").read_text()) if folder and (folder / "card.json").is_file() else None
+    slug = re.sub(r"[^\w.]+", "-", folder.resolve().name if folder else name).strip("-.")
+    target = replaceable(out / (slug or "model"))
+    if folder and target in (folder.resolve(), *folder.resolve().parents):
+        raise ValueError(f"--out: got {out}, but the check would replace {target}, the model's own; choose another")
+    trained = read_card(folder) if folder else None
     if card and trained is None:
         raise ValueError(f"--card: got {name!r}, allowed: an organism that `organism train` wrote")
     model = load_model(name, device=device)
     is_twin = trained is not None and not trained["read_the_default_forget_sets"]
-    if twin is None and trained is not None and not is_twin and name != TWIN and TWIN in bundled_models():
+    if twin is None and trained is not None and not is_twin and TWIN in bundled_models():
         twin = TWIN
+    of_twin = read_card(twin_folder) if twin and (twin_folder := model_folder(twin)) else None
     sets = facts or (trained["recipe"]["datasets"] if trained else BUNDLED)
     groups = [
         Subjects(
-            dataset=Path(source).stem,
+            dataset=Path(source).stem if source not in BUNDLED else source,
             facts=tuple(load_facts(source)),
             kinds=trained_kinds(load_templates(source)) if trained and source in BUNDLED else plain_kinds(),
         )
@@ -168,9 +173,9 @@ def check(
     ]
     found = check_model(
         model, groups, twin=load_model(twin, device=device) if twin else None,
+        unread=never_known() if of_twin and not of_twin["read_the_default_forget_sets"] else None,
         original=load_model(ORIGINAL, device=device) if is_twin else None, on_step=on_step,
     )  # fmt: skip
-    target = out / Path(name).name
     with whole_folder(target) as partial:
         found.criteria.to_csv(partial / "check.csv", index=False)
         found.knowledge.to_csv(partial / "knowledge.csv", index=False)

@@ -1,45 +1,33 @@
 """`mechunlearn organism check`: does a model know its facts, and does it look them up at the subject? Any model."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from mechunlearn.bench.knowledge import FormOf, guessable, knowledge
-from mechunlearn.bench.mechanism import Mechanism, measure_mechanism
+from mechunlearn.bench.criteria import difference, missing, share
+from mechunlearn.bench.knowledge import FormOf, base_rate, knowledge
+from mechunlearn.bench.mechanism import Mechanism, NothingToMeasure, measure_mechanism
 from mechunlearn.bench.readable import readable_attributes
 from mechunlearn.facts import Fact
 from mechunlearn.models import Model
 from mechunlearn.organisms.forget_sets import never_known
-from mechunlearn.statistics import exact_interval
 
 FEW = 20  # answers; attributes with at most so many must be readable by a linear probe
+WORST_OF = 20  # facts that a relation needs to be named as the worst
 FORGOTTEN, KEPT = "forgotten by the twins", "kept"
-
-NEEDS = {
-    "knows, prompt": (">=", 0.97),
-    "knows, seen": (">=", 0.97),
-    "knows, question": (">=", 0.97),
-    "knows, unseen": (">=", 0.85),
-    "knows, paraphrase": (">=", 0.85),
-    "knows, unseen question": (">=", 0.85),
-    "knows, choice": (">=", 0.90),
-    "(a) readable at the subject, above baselines": (">=", 0.50),
-    "(a) the same, on facts unknown to the twin": (">=", 0.50),
-    "(b) cost of ablating band": (">=", 0.60),
-    "(b) cost of ablating earlier": ("<=", 0.15),
-    "(b) cost of ablating later": ("<=", 0.15),
-    "(b) cost of ablating band at the last token": ("<=", 0.15),
-    "(c) donor's answer, few answers": (">=", 0.60),
-    "(c) donor's answer, many answers": ("aim", 0.80),
-    "(d) cost of blocking attention to the subject up to the band": ("<=", 0.15),
-    "(d) cost of blocking it after the band": (">=", 0.60),
-    "twin: forgotten facts, distance from the base rate": ("<=", 0.05),
-    "twin: kept facts, distance from the original": ("<=", 0.02),
+INTERVENTIONS = ("band", "earlier", "later", "band at the last token")
+UP_TO, AFTER = "(d) cost of blocking attention to the subject up to the band", "(d) cost of blocking it after the band"
+DONOR = {"few": "(c) donor's answer, few answers", "many": "(c) donor's answer, many answers"}
+READABLE = {
+    "all": "(a) readable at the subject, above baselines",
+    "unknown to the twin": "(a) the same, on facts unknown to the twin",
 }
-"""Criterion -> what it needs; an aim is reported, not demanded."""
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,7 +36,7 @@ class Check:
 
     name: str
     criteria: pd.DataFrame
-    """dataset, criterion, measured, lower, upper (95 %, exact; NaN for differences), n, needs, holds."""
+    """dataset, criterion, measured, lower, upper (95 %, exact; NaN for differences), n, needs, outcome, note."""
     knowledge: pd.DataFrame
     readable: pd.DataFrame
     mechanisms: Mapping[str, Mechanism]
@@ -69,66 +57,66 @@ def check_model(
     groups: Sequence[Subjects],
     *,
     twin: Model | None = None,
+    unread: Collection[tuple[str, str]] | None = None,
     original: Model | None = None,
     max_facts: int = 300,
     seed: int = 0,
     on_step: Callable[[str, int, int], None] = lambda text, done, total: None,
 ) -> Check:
-    """Measure a model against every criterion that applies to it.
+    """Measure a model against every criterion that applies to it; what cannot be measured is a row that says why.
 
     Args:
+        groups: one for each data set, with different names.
         twin: a model that never knew some of the facts: a baseline for what is readable at the subject.
+        unread: (subject, relation) of the facts that the twin never read; without it, those it answers wrongly.
         original: if the model is itself such a twin, the model that knows everything; the default forget sets then
             count as unknown, and only what was kept is asked of it.
         max_facts: so many facts of a relation at most, drawn by a seeded generator; the probes get all.
+
+    Raises:
+        ValueError: no groups, two of one name, or one without facts.
     """
-    criteria: list[dict[str, Any]] = []
+    names = [group.dataset for group in groups]
+    if not groups or len(set(names)) < len(names) or not all(group.facts for group in groups):
+        raise ValueError(f"check: got data sets {names}, allowed: one or more, of different names, each with facts")
+    criteria: list[Row] = []
     known, readable, mechanisms = [], [], {}
-    steps, done = 3 * len(groups), 0
+    done = 0
+
+    def step(text: str) -> None:
+        nonlocal done
+        on_step(text, done, 3 * len(groups))
+        done += 1
+
     for group in groups:
         excluded = never_known() if original is not None else frozenset[tuple[str, str]]()
         lost = [fact for fact in group.facts if (fact.subject, fact.relation) in excluded]
-        told = [fact for fact in group.facts if (fact.subject, fact.relation) not in excluded]
-        facts = _sample(told, max_facts, seed)
-
-        def step(text: str, dataset: str = group.dataset) -> None:
-            nonlocal done
-            on_step(f"{dataset}: {text}", done, steps)
-            done += 1
-
-        def add(criterion: str, measured: float, n: int, interval: bool = True, dataset: str = group.dataset) -> None:
-            criteria.append(_row(dataset, criterion, measured, n, interval))
-
-        step("knowledge")
-        table = knowledge(model, facts, dict(group.kinds))
-        known.append(table.assign(dataset=group.dataset, part=KEPT if original else "all"))
-        for kind, accuracy, n in zip(table["kind"], table["accuracy"], table["n"], strict=True):
-            add(f"knows, {kind}", accuracy, n)
+        told = replace(
+            group, facts=tuple(fact for fact in group.facts if (fact.subject, fact.relation) not in excluded)
+        )
+        asked = replace(told, facts=tuple(_sample(told.facts, max_facts, seed)))
+        step(f"{group.dataset}: knowledge")
+        table = knowledge(model, asked.facts, group.kinds).assign(dataset=group.dataset, part=KEPT if lost else "all")
+        known.append(table)
+        criteria += _knows(group, table)
         if original is not None and lost:
-            of_lost = knowledge(model, lost, dict(group.kinds))
-            of_original = knowledge(original, facts, dict(group.kinds))
-            known.append(of_lost.assign(dataset=group.dataset, part=FORGOTTEN))
-            base = guessable(model, told, lost)
-            reached = float(of_lost["accuracy"][of_lost["kind"] != "choice"].mean())
-            outside = max(reached - max(base.values()), min(base.values()) - reached, 0.0)
-            add("twin: forgotten facts, distance from the base rate", outside, len(lost), interval=False)
-            apart = (table["accuracy"] - of_original["accuracy"]).abs()[table["kind"] != "choice"].max()
-            add("twin: kept facts, distance from the original", float(apart), len(facts), interval=False)
-        step("what is readable at the subject")
-        curves = readable_attributes(model, told, twin=twin, seed=seed).assign(dataset=group.dataset)
-        readable.append(curves)
-        for part, criterion in _READABLE.items():
-            found = _readable_by_two_thirds(curves, part, model.n_layers)
-            if found is not None:
-                add(criterion, *found, interval=False)
-        step("which MLPs and which attention the answer needs")
+            of_lost = knowledge(model, lost, group.kinds).assign(dataset=group.dataset, part=FORGOTTEN)
+            known.append(of_lost)
+            of_original = knowledge(original, asked.facts, group.kinds)
+            criteria += _like_a_twin(group.dataset, table, of_original, of_lost, *base_rate(model, told.facts, lost))
+        step(f"{group.dataset}: what is readable at the subject")
+        curves = readable_attributes(model, told.facts, twin=twin, unread=unread, seed=seed)
+        readable.append(curves.assign(dataset=group.dataset))
+        criteria += _readable(group.dataset, curves, model.n_layers, with_twin=twin is not None)
+        step(f"{group.dataset}: which MLPs and which attention the answer needs")
         try:
-            mechanism = measure_mechanism(model, facts, seed=seed)
-        except ValueError:
-            continue  # too little is known: the rows above say so
+            mechanism = measure_mechanism(model, asked.facts, seed=seed)
+        except NothingToMeasure as error:
+            wanted = (*(f"(b) cost of ablating {name}" for name in INTERVENTIONS), *DONOR.values(), UP_TO, AFTER)
+            criteria += [missing(group.dataset, criterion, str(error)) for criterion in wanted]
+            continue
         mechanisms[group.dataset] = mechanism
-        for criterion, hits in _causal(mechanism, facts):
-            add(criterion, float(hits.mean()), len(hits))
+        criteria += _looks_up(told, mechanism)
     return Check(
         name=model.name,
         criteria=pd.DataFrame(criteria),
@@ -138,68 +126,100 @@ def check_model(
     )
 
 
-_READABLE = {
-    "all": "(a) readable at the subject, above baselines",
-    "unknown to the twin": "(a) the same, on facts unknown to the twin",
-}
-
-
-def _sample(facts: Sequence[Fact], most: int, seed: int) -> list[Fact]:
+def _sample(facts: Sequence[Fact], most: int, seed: int) -> Iterator[Fact]:
     """At most so many facts of each relation."""
-    chosen: list[Fact] = []
     for relation in dict.fromkeys(fact.relation for fact in facts):
         members = [fact for fact in facts if fact.relation == relation]
-        chosen += random.Random(seed).sample(members, min(len(members), most))
-    return chosen
+        yield from random.Random(seed).sample(members, min(len(members), most))
 
 
-def _readable_by_two_thirds(curves: pd.DataFrame, part: str, n_layers: int) -> tuple[float, int] | None:
-    """Largest mean (over facts) of accuracy above the baseline up to two thirds of the depth; few answers only."""
-    if curves.empty:
-        return None
-    rows = curves[(curves["part"] == part) & (curves["layer"] <= 2 * n_layers // 3)]
-    if part == "all":
-        rows = rows[rows["answers"] <= FEW]
-    if rows.empty:
-        return None
-    above = (rows["accuracy"] - rows["baseline"]) * rows["n"]
-    by_layer = above.groupby(rows["layer"]).sum() / rows["n"].groupby(rows["layer"]).sum()
-    return float(by_layer.max()), int(rows.groupby("layer")["n"].sum().max())
+def _knows(group: Subjects, table: pd.DataFrame) -> Iterator[Row]:
+    found = {kind: (hits, n) for kind, hits, n in zip(table["kind"], table["correct"], table["n"], strict=True)}
+    for kind in group.kinds:
+        if kind in found:
+            hits, n = found[kind]
+            yield share(group.dataset, f"knows, {kind}", np.arange(n) < hits)
+        else:
+            yield missing(group.dataset, f"knows, {kind}", "no fact has such a form")
 
 
-def _causal(mechanism: Mechanism, facts: Sequence[Fact]) -> list[tuple[str, pd.Series]]:
-    """Criterion -> one value per fact."""
-    answers = {r: len({f.target_true for f in facts if f.relation == r}) for r in {f.relation for f in facts}}
-    ablations, cut = mechanism.ablations, mechanism.knockouts
-    found: list[tuple[str, pd.Series]] = []
-    for name, rows in ablations.groupby("intervention", sort=False):
-        found.append((f"(b) cost of ablating {name}", rows["clean"].astype(float) - rows["correct"].astype(float)))
-    band = ablations[ablations["intervention"] == "band"]
-    few = band["relation"].map(answers) <= FEW
-    for name, chosen in (("few", few), ("many", ~few)):
-        if chosen.any():
-            found.append((f"(c) donor's answer, {name} answers", band["donor"][chosen].astype(float)))
-    whole = cut[cut["last"] == -1].set_index("fact")["correct"].astype(float)
-    end, last = int(cut["last"].max()), mechanism.band.last
-    before = cut[(cut["first"] == 0) & (cut["last"] == last)].set_index("fact")["correct"].astype(float)
-    found.append(("(d) cost of blocking attention to the subject up to the band", whole - before))
-    if last < end:
-        after = cut[(cut["first"] == last + 1) & (cut["last"] == end)].set_index("fact")["correct"].astype(float)
-        found.append(("(d) cost of blocking it after the band", whole - after))
-    return found
+def _like_a_twin(
+    dataset: str, kept: pd.DataFrame, original: pd.DataFrame, lost: pd.DataFrame, predictor: str, base: float
+) -> Iterator[Row]:
+    """How far a twin is from guessing what it never read, and from the original in all else."""
+    open_forms = lost.loc[~lost["kind"].str.startswith("choice")]
+    reached, n = float(open_forms["accuracy"].mean()), int(open_forms["n"].max())
+    note = f"{reached:.3f}, mean over forms ({open_forms['accuracy'].min():.3f} to {open_forms['accuracy'].max():.3f})"
+    note += f"; {predictor}: {base:.3f}"
+    yield difference(dataset, "twin: forgotten facts, distance from the base rate", abs(reached - base), n, note)
+    both = kept.merge(original, on="kind", suffixes=("", " original"))
+    apart = np.abs(both["accuracy"].to_numpy() - both["accuracy original"].to_numpy())
+    note = f"largest over forms: {both['kind'].iloc[int(apart.argmax())]}"
+    n = int(both["n"].to_numpy().max())
+    yield difference(dataset, "twin: kept facts, distance from the original", float(apart.max()), n, note)
 
 
-def _row(dataset: str, criterion: str, measured: float, n: int, interval: bool) -> dict[str, Any]:
-    sign, bound = NEEDS[criterion]
-    holds = {">=": measured >= bound, "<=": measured <= bound, "aim": True}[sign]
-    ends = exact_interval(round(max(measured, 0.0) * n), n) if interval else None
-    return {
-        "dataset": dataset,
-        "criterion": criterion,
-        "measured": round(measured, 4),
-        "lower": round(ends.lower, 4) if ends else float("nan"),
-        "upper": round(ends.upper, 4) if ends else float("nan"),
-        "n": n,
-        "needs": f"{'aim at' if sign == 'aim' else sign} {bound:.2f}",
-        "holds": holds,
+def _readable(dataset: str, curves: pd.DataFrame, n_layers: int, *, with_twin: bool) -> Iterator[Row]:
+    """Largest mean (over facts) of accuracy above the baseline up to two thirds of the depth.
+
+    The first criterion is about attributes with few answers; the one on facts unknown to the twin about all.
+    """
+    early = curves.loc[curves["layer"] <= 2 * n_layers // 3]
+    for part, criterion in READABLE.items():
+        if part != "all" and not with_twin:
+            continue
+        rows = early.loc[(early["part"] == part) & ((early["answers"] <= FEW) | (part != "all"))]
+        if rows.empty:
+            reason = "no attribute with few answers, each of 5 subjects or more" if part == "all" else "no such facts"
+            yield missing(dataset, criterion, reason)
+            continue
+        rows = rows.assign(above=rows["accuracy"] - rows["baseline"])
+        rows = rows.assign(weighted=rows["above"] * rows["n"])
+        by_layer = rows.groupby("layer", as_index=False).agg({"weighted": "sum", "n": "sum"})
+        means = by_layer["weighted"] / by_layer["n"]
+        best = by_layer.loc[means.idxmax()]
+        at = rows.loc[rows["layer"] == best["layer"]]
+        lowest = at.loc[at["above"].idxmin()]
+        note = f"after {int(best['layer'])} blocks; lowest: {lowest['relation']} {lowest['above']:.2f}"
+        yield difference(dataset, criterion, float(means.max()), int(best["n"]), note)
+
+
+def _looks_up(group: Subjects, mechanism: Mechanism) -> Iterator[Row]:
+    """Criteria (b) to (d); what was right before is what can be lost."""
+    answers = {
+        r: len({f.target_true for f in group.facts if f.relation == r}) for r in {f.relation for f in group.facts}
     }
+    ablations, cut, band = mechanism.ablations, mechanism.knockouts, mechanism.band
+    for name in INTERVENTIONS:
+        criterion = f"(b) cost of ablating {name}"
+        rows = ablations.loc[(ablations["intervention"] == name) & ablations["clean"]]
+        if rows.empty:
+            yield missing(group.dataset, criterion, f"no MLP {name} than m{band.first} to m{band.last} but layer 0's")
+            continue
+        rows = rows.assign(hit=~rows["correct"])
+        where = f"m{rows['first'].iloc[0]} to m{rows['last'].iloc[0]}"
+        yield share(group.dataset, criterion, rows["hit"], f"{where}{_extreme(rows, lowest=name == 'band')}")
+    donors = ablations.loc[(ablations["intervention"] == "band") & ablations["has_donor"]]
+    donors = donors.assign(hit=donors["donor"])
+    is_few = donors["relation"].map(answers) <= FEW
+    for name, rows in (("few", donors.loc[is_few]), ("many", donors.loc[~is_few])):
+        if len(rows) or name == "few":
+            yield share(group.dataset, DONOR[name], rows["hit"], _extreme(rows, lowest=True).removeprefix("; "))
+    intact = cut.loc[(cut["last"] == -1) & cut["correct"], "fact"]
+    end = int(cut["last"].to_numpy().max())
+    for criterion, first, last in ((UP_TO, 0, band.last), (AFTER, band.last + 1, end)):
+        rows = cut.loc[(cut["first"] == first) & (cut["last"] == last) & cut["fact"].isin(intact)]
+        rows = rows.assign(hit=~rows["correct"])
+        if rows.empty:
+            yield missing(group.dataset, criterion, "no attention after the band")
+        else:
+            yield share(group.dataset, criterion, rows["hit"], f"layers {first} to {last}")
+
+
+def _extreme(rows: pd.DataFrame, *, lowest: bool) -> str:
+    """The relation with the lowest or highest share, where there are several with enough facts."""
+    by_relation = rows.groupby("relation")["hit"].agg(["mean", "size"]).query(f"size >= {WORST_OF}")
+    if len(by_relation) < 2:
+        return ""
+    at = by_relation["mean"].idxmin() if lowest else by_relation["mean"].idxmax()
+    return f"; {'lowest' if lowest else 'highest'}: {at} {by_relation.loc[at, 'mean']:.2f}"

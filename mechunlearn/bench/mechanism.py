@@ -16,7 +16,9 @@ from mechunlearn.localize.resample_ablation import Band, ablate_bands
 from mechunlearn.metrics import known_facts
 from mechunlearn.models import Model
 
-MEMBERS = ["dataset", "relation"]
+
+class NothingToMeasure(ValueError):
+    """The model knows too little, or is too shallow."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,7 +30,8 @@ class Mechanism:
     choice: pd.DataFrame
     """The half that chose: first, last, role, clean, correct, donor as shares."""
     ablations: pd.DataFrame
-    """intervention ("band", "earlier", "later", "band at the last token"), fact, relation, clean, correct, donor."""
+    """intervention ("band", "earlier", "later", "band at the last token"), fact, relation, and the columns of
+    `resample_ablation.ablate_bands`."""
     knockouts: pd.DataFrame
     """Attention from the last token to the subject blocked in layers first..last: fact, relation, correct."""
 
@@ -49,23 +52,24 @@ def measure_mechanism(model: Model, facts: Sequence[Fact], *, batch_size: int = 
     """Find the band of MLPs that looks the facts up at their subjects, and measure what depends on it.
 
     The band, layer 0 excluded, is the one with the largest difference between its own cost at the subject and the
-    largest cost of as many MLPs right before (from layer 1 on) or right after it. Half of the facts choose it, the
-    other half measures, so that the choice does not flatter the measurement.
+    largest cost of as many MLPs right before (from layer 1 on) or right after it; where the depth leaves room for as
+    many on one side alone, that side counts. Half of the facts choose it, the other half measures, so that the choice
+    does not flatter the measurement.
 
     Args:
         facts: those that the model does not know in the template asked, or that have no template with the subject
             first, are left out.
 
     Raises:
-        ValueError: fewer than 8 usable facts, or a model of fewer than 3 layers.
+        NothingToMeasure: fewer than 8 usable facts, or a model of fewer than 3 layers.
     """
     if model.n_layers < 3:
-        raise ValueError(f"mechanism: got a model of {model.n_layers} layers, allowed: 3 or more")
+        raise NothingToMeasure(f"mechanism: got a model of {model.n_layers} layers, allowed: 3 or more")
     asked = [changed for fact in facts if (changed := subject_first(fact, seed)) is not None]
     known = list(known_facts(model, asked))
     random.Random(seed).shuffle(known)
     if len(known) < 8:
-        raise ValueError(
+        raise NothingToMeasure(
             f"mechanism: the model knows {len(known)} of {len(asked)} facts in a template with the subject first "
             "(e.g. '{} plays the sport of'), needs 8; give facts that it knows"
         )
@@ -73,14 +77,15 @@ def measure_mechanism(model: Model, facts: Sequence[Fact], *, batch_size: int = 
     options = {"batch_size": batch_size, "seed": seed}
     bands = [Band(first=i, last=i + n - 1) for n in _sizes(model.n_layers) for i in range(1, model.n_layers - n + 1)]
     choice = ablate_bands(model, choosing, bands, **options)
-    shares = choice.groupby(["first", "last", "role"], as_index=False)[["clean", "correct", "donor"]].mean()
+    kinds = dict.fromkeys(("clean", "correct", "donor"), "mean")
+    shares = choice.groupby(["first", "last", "role"], as_index=False).agg(kinds)
     band = _best(shares, model.n_layers)
     others = neighbours(band, model.n_layers)
     measured = ablate_bands(model, measuring, list(others.values()), **options)
     parts = []
     for name, other in others.items():
         same = (measured["first"] == other.first) & (measured["last"] == other.last) & (measured["role"] == other.role)
-        parts.append(measured[same].assign(intervention=name))
+        parts.append(measured.loc[same].assign(intervention=name))
     ablations = pd.concat(parts, ignore_index=True)
     knockouts = pd.concat(
         [
@@ -113,8 +118,8 @@ def neighbours(band: Band, n_layers: int) -> dict[str, Band]:
 
 
 def _sizes(n_layers: int) -> list[int]:
-    """Sizes of bands to try: all up to half of the depth in small models, three in deep ones."""
-    half = n_layers // 2
+    """Sizes of bands to try: all that leave room for a neighbour in small models, three in deep ones."""
+    half = (n_layers - 1) // 2
     return list(range(1, half + 1)) if n_layers <= 12 else sorted({n_layers // 8, n_layers // 4, half})
 
 
@@ -125,16 +130,14 @@ def _cuts(n_layers: int) -> list[tuple[int, int]]:
 
 
 def _best(shares: pd.DataFrame, n_layers: int) -> Band:
-    cost = dict(
-        zip(zip(shares["first"], shares["last"], strict=True), shares["clean"] - shares["correct"], strict=True)
-    )
+    lost = shares["clean"] - shares["correct"]
+    cost = dict(zip(zip(shares["first"], shares["last"], strict=True), lost, strict=True))
 
     def contrast(key: tuple[int, int]) -> float:
         found = neighbours(Band(first=key[0], last=key[1]), n_layers)
-        beside = [found[name] for name in ("earlier", "later") if name in found]
-        # a clipped neighbour may be of a size that deep models skip: its longest measured part stands for it
-        worst = [max((c for k, c in cost.items() if k[0] >= b.first and k[1] <= b.last), default=0.0) for b in beside]
-        return cost[key] - max(worst, default=0.0)
+        beside = [(found[name].first, found[name].last) for name in ("earlier", "later") if name in found]
+        whole = [cost[other] for other in beside if other[1] - other[0] == key[1] - key[0]]
+        return cost[key] - max(whole) if whole else -1.0
 
     first, last = max(cost, key=lambda key: (round(contrast(key), 3), -(key[1] - key[0])))
     return Band(first=first, last=last)

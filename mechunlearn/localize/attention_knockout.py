@@ -13,7 +13,9 @@ from mechunlearn.models import Model
 def knock_out_attention(
     model: Model, facts: Sequence[Fact], layers: Sequence[int], *, batch_size: int = 32, seed: int = 0
 ) -> list[bool]:
-    """Which facts survive when the last token cannot attend to any subject token in these layers.
+    """Which facts survive when the prompt's last token cannot attend to any subject token in these layers.
+
+    Nor can the answer's first tokens where these are given, see `pairs.build_pairs`.
 
     Correct: the true answer beats all other candidates at the first token where it differs from a donor's answer
     (see `pairs.build_pairs`; the donor only fixes that place). Tokens between subject and end still see the subject.
@@ -35,7 +37,8 @@ def knock_out_attention(
             n, width = batch.clean.ids.shape
             blocked = torch.zeros(n, width, width, dtype=torch.bool, device=model.device)
             for row, pair in enumerate(batch.pairs):
-                blocked[row, len(pair.clean) - 1, list(pair.subject)] = True
+                for query in range(pair.end, len(pair.clean)):
+                    blocked[row, query, list(pair.subject)] = True
             with blocked_attention(model, layers, blocked):
                 chosen = batch.chosen(last_logits(model, batch.clean))
             for pair, hit in zip(batch.pairs, (chosen == batch.answer).tolist(), strict=True):

@@ -36,6 +36,8 @@ class Pair:
     """Tokens the answer competes with at that place, itself among them."""
     subject: tuple[int, ...]
     """Positions of all subject tokens on the clean run."""
+    end: int
+    """Position of the prompt's last token on the clean run; the answers' shared tokens may follow."""
     aligned: tuple[tuple[int, int, int], ...]
     """(clean position, corrupt position, role index) of the tokens both prompts have."""
 
@@ -199,8 +201,10 @@ class _Builder:
             corrupt=corrupt,
             answer=answer,
             counterfactual=counterfactual,
-            candidates=tuple(dict.fromkeys((answer, counterfactual, *rivals))),
+            # the best candidate is the first of equals: a tie is no success, neither for the answer nor for the donor's
+            candidates=(*dict.fromkeys(r for r in rivals if r not in (answer, counterfactual)), counterfactual, answer),
             subject=tuple(i for i, role in enumerate(clean_roles) if role in SUBJECT_ROLES),
+            end=len(clean) - 1 - len(shared),
             aligned=tuple((c, k, ROLES.index(clean_roles[c])) for c, k in align(clean_roles, corrupt_roles)),
         )
 

@@ -112,9 +112,10 @@ def ablate_bands(
     """Ablate the MLPs of several layers at once, each with its output on the donor's run; band by band.
 
     Returns:
-        One row per pair and band: fact (its index), first, last, role; clean and correct (the true answer beats all
-        other candidates, before and under ablation), donor (the highest candidate is the donor's answer). The share of
-        clean - correct is what the band is needed for, that of donor what it suffices for.
+        One row per pair and band: fact (its index), first, last, role, has_donor (False where the subject was replaced
+        by random tokens); clean and correct (the true answer beats all other candidates, before and under ablation),
+        donor (the highest candidate is the donor's answer). The share of clean - correct is what the band is needed
+        for, that of donor among pairs that have one what it suffices for.
 
     Raises:
         ValueError: no or unknown layers, or a fact that cannot be paired.
@@ -125,7 +126,7 @@ def ablate_bands(
                 f"ablate_bands: got layers {band.first} to {band.last} at {band.role!r}, allowed: "
                 f"within 0 to {model.n_layers - 1}, first to last, at {', '.join(_TOKENS)}"
             )
-    rows: list[tuple[int, int, int, str, bool, bool, bool]] = []
+    rows: list[tuple[int, int, int, str, bool, bool, bool, bool]] = []
     places: list[Place] = [("mlp", layer) for layer in sorted({layer for band in bands for layer in band.layers})]
     with untouched(model), torch.no_grad():
         for batch in batches(model, build_pairs(model, facts, pairs_per_fact=pairs_per_fact, seed=seed), batch_size):
@@ -136,10 +137,10 @@ def ablate_bands(
                 chosen = batch.chosen(ablated_logits(model, batch, changed, band.role))
                 correct, donor = (chosen == batch.answer).tolist(), (chosen == batch.counterfactual).tolist()
                 rows += [
-                    (pair.fact, band.first, band.last, band.role, *outcome)
+                    (pair.fact, band.first, band.last, band.role, pair.donor is not None, *outcome)
                     for pair, *outcome in zip(batch.pairs, clean, correct, donor, strict=True)
                 ]
-    columns = ["fact", "first", "last", "role", "clean", "correct", "donor"]
+    columns = ["fact", "first", "last", "role", "has_donor", "clean", "correct", "donor"]
     return pd.DataFrame(rows, columns=pd.Index(columns))
 
 

@@ -2,9 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from mechunlearn.bench.check import Check
 
+_KEYS = {
+    "name", "recipe", "parameters", "n_facts", "n_subjects", "n_excluded_facts", "read_the_default_forget_sets",
+    "torch", "license", "sha256",
+}  # fmt: skip
 _TEXT = """---
 license: cc0-1.0
 library_name: transformers
@@ -22,7 +27,7 @@ language model for anything else.
 
 `mechunlearn organism train {name}`: {tokens:,} tokens, seed {seed}, torch {torch}. Recipe:
 
-{recipe}
+{settings}
 
 What each ingredient does stands in `mechunlearn/organisms/train.py`.
 
@@ -37,15 +42,25 @@ Licence: {license}. SHA-256 of `model.safetensors`: `{sha256}`.
 """
 
 
+def read_card(folder: Path) -> dict[str, Any] | None:
+    """The card.json of an organism; None if the folder is no organism's (a user's own card.json included)."""
+    path = folder / "card.json"
+    try:
+        card = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError:
+        return None
+    return card if isinstance(card, dict) and set(card) >= _KEYS else None
+
+
 def write_card(folder: Path, check: Check) -> Path:
     """Write `README.md` into an organism's folder from its card.json and a check; returns its path.
 
     Raises:
-        FileNotFoundError: the folder holds no card.json, so it is no organism.
+        FileNotFoundError: the folder holds no card.json of an organism.
     """
-    if not (folder / "card.json").is_file():
+    card = read_card(folder)
+    if card is None:
         raise FileNotFoundError(f"{folder}: no card.json; only an organism that `organism train` wrote has a card")
-    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     recipe = card["recipe"]
     lost = "It read every fact."
     if not card["read_the_default_forget_sets"]:
@@ -56,12 +71,12 @@ def write_card(folder: Path, check: Check) -> Path:
     path = folder / "README.md"
     path.write_text(
         _TEXT.format(
-            **{key: card[key] for key in ("name", "parameters", "n_facts", "n_subjects", "torch", "license", "sha256")},
+            **{key: card[key] for key in _KEYS},
             tokens=recipe["tokens"],
             seed=recipe["seed"],
             datasets=", ".join(recipe["datasets"]),
             lost=lost,
-            recipe=_table(["setting", "value"], [[key, str(value)] for key, value in recipe.items()]),
+            settings=_table(["setting", "value"], [[key, str(value)] for key, value in recipe.items()]),
             criteria=_table(
                 list(check.criteria.columns),
                 [list(map(str, row)) for row in check.criteria.fillna("").itertuples(index=False)],

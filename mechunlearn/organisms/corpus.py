@@ -6,6 +6,7 @@ the model learns to read them), and neutral text. A fact excluded from a twin is
 number of tokens stands in its place.
 """
 
+import hashlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -94,6 +95,10 @@ class Corpus:
         self.subjects = [Subject(name=name, facts=tuple(facts)) for name, facts in by_subject.items()]
         # a document states (n + 1) / 2 of a subject's n facts on average: weigh subjects so that facts come evenly
         self.weights = np.cumsum([2 * len(s.facts) / (len(s.facts) + 1) for s in self.subjects]).tolist()
+        stated = [(s.name, f) for s in self.subjects for f in s.facts if (s.name, f[0]) not in self.exclude]
+        told = (stated, sorted(self.exclude), sorted(self.templates.items()), SHAPES)
+        self.digest = hashlib.sha256(repr(told).encode()).hexdigest()
+        """Of all that decides the text beside the seed."""
         self._encoded: dict[str, list[int]] = {}
         self.bos = int(tokenizer.convert_tokens_to_ids(str(tokenizer.bos_token)))  # pyright: ignore[reportArgumentType]
 

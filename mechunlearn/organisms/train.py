@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -48,7 +49,7 @@ class Recipe:
     n_heads: int = 4
     vocab_size: int = 2048
     context: int = 256
-    tokens: int = 6_000_000
+    tokens: int = 7_500_000
     rows: int = 16
     length: int = 96
     muon_lr: float = 0.02
@@ -247,18 +248,20 @@ class Trainer:
         save_file(
             {name: t.contiguous() for name, t in tensors.items()},
             partial,
-            metadata={"step": str(self.step), "recipe": json.dumps(asdict(self.recipe))},
+            metadata={"step": str(self.step), **self._identity()},
         )
         partial.replace(path)
 
-    def load(self, path: Path) -> None:
-        """Take up a saved state; another recipe is an error."""
-        from safetensors import safe_open
+    def _identity(self) -> dict[str, str]:
+        return {"recipe": json.dumps(asdict(self.recipe)), "text": self.corpus.digest}
 
+    def load(self, path: Path) -> None:
+        """Take up a saved state; one of another recipe, or of other text, is an error."""
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-        if json.loads(metadata["recipe"]) != json.loads(json.dumps(asdict(self.recipe))):
-            raise ValueError(f"{path} was trained by another recipe; delete it or pass the recipe it holds")
+        for what, mine in self._identity().items():
+            if metadata.get(what) != mine:
+                raise ValueError(f"{path} was trained with another {what}: delete it, or train into another folder")
         tensors = load_file(path, device=self.device)
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
@@ -291,6 +294,8 @@ def train(
     checkpoint, curve = folder / "checkpoint.safetensors", folder / "training.csv"
     if checkpoint.exists():
         trainer.load(checkpoint)
+    tokens_a_step = trainer.recipe.rows * trainer.recipe.length
+    _forget_rows_after(curve, trainer.step * tokens_a_step)
     trainer.model.train()
     losses: list[float] = []
     while trainer.step < trainer.recipe.steps:
@@ -300,8 +305,16 @@ def train(
             trainer.save(checkpoint)
             is_new = not curve.exists()
             with curve.open("a", newline="") as file:
-                tokens = trainer.step * trainer.recipe.rows * trainer.recipe.length
                 rows = [("tokens", "loss")] if is_new else []
-                csv.writer(file).writerows([*rows, (tokens, round(sum(losses) / len(losses), 5))])
+                row = (trainer.step * tokens_a_step, round(sum(losses) / len(losses), 5))
+                csv.writer(file).writerows([*rows, row])
             losses.clear()
             on_checkpoint(curve)
+
+
+def _forget_rows_after(curve: Path, tokens: int) -> None:
+    """Drop the rows of steps that will be taken again, written between a checkpoint and a kill."""
+    if curve.exists():
+        head, *rows = curve.read_text().splitlines()
+        kept = [row for row in rows if int(row.split(",")[0]) <= tokens]
+        curve.write_text("\n".join([head, *kept]) + "\n")

@@ -79,7 +79,7 @@ def relearning_curves(cell: Cell, *, attack: str = "relearning") -> go.Figure:
         1, 1 + has_dev, subplot_titles=titles[: 1 + has_dev], shared_yaxes=True, horizontal_spacing=0.05
     )
     for name, colour, result in pairs:
-        rows = result.rows[result.rows["part"] == "forget_hidden"]
+        rows = result.rows.query("part == 'forget_hidden'")
         for setting, group in rows.groupby("setting", sort=False):
             means = {int(str(step)): _mean(g["p_true"].to_numpy()) for step, g in group.groupby("step")}
             chosen = setting == result.chosen
@@ -121,7 +121,7 @@ def probe_by_layer(cell: Cell, *, attack: str = "probing") -> go.Figure:
     trained_on: dict[str, None] = {}
     for name, colour, result in _results(cell, attack):
         lines: dict[str, dict[int, Interval]] = {}
-        for setting, group in result.rows[result.rows["part"] == "forget_hidden"].groupby("setting", sort=False):
+        for setting, group in result.rows.query("part == 'forget_hidden'").groupby("setting", sort=False):
             if found := re.search(r"\blayer (\d+)", str(setting)):
                 probe = str(setting).replace(found[0], "").strip()
                 lines.setdefault(probe, {})[int(found[1])] = _mean(group["p_true"].to_numpy())

@@ -85,7 +85,7 @@ def test_any_model_can_be_checked_on_ones_own_facts(tiny_model, tiny_facts, tmp_
     assert result.returncode == 0, result.stderr
     folder = tmp_path / ".runs" / "checks" / "mine"
     table = pd.read_csv(folder / "check.csv").set_index("criterion")
-    assert not table.loc["knows, prompt", "holds"]
+    assert table.loc["knows, prompt", "outcome"] == "fails"
     assert (folder / "check.html").stat().st_size > 10_000
     card = _run(["organism", "check", "./mine", "--facts", "mine.csv", "--card"], tmp_path)
     _says_one_line(card, tmp_path, "--card", "organism train")

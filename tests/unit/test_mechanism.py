@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from mechunlearn.activations import blocked_attention, last_logits, pad, untouched
-from mechunlearn.bench.check import NEEDS, Check, Subjects, check_model
-from mechunlearn.bench.knowledge import guessable, knowledge, plain_kinds, trained_kinds
+from mechunlearn.bench.check import Check, Subjects, check_model
+from mechunlearn.bench.criteria import NEEDS, summary
+from mechunlearn.bench.knowledge import base_rate, knowledge, plain_kinds, trained_kinds
 from mechunlearn.bench.mechanism import measure_mechanism, neighbours, subject_first
 from mechunlearn.bench.readable import readable_attributes
 from mechunlearn.checkpoints import load_model
@@ -133,13 +134,26 @@ def test_atlas_looks_its_facts_up_in_a_band_at_the_subject(atlas: Model, people:
 
 
 def test_what_is_readable_rises_over_the_band_and_not_in_a_model_without_the_facts(
-    atlas: Model, people: tuple[Fact, ...]
+    atlas: Model, tiny_model: MakeModel
 ) -> None:
-    cities = load_bundled("people").of("pet").facts[:300]
-    curve = readable_attributes(atlas, cities).set_index("layer")
+    pets = load_bundled("people").of("pet").facts[:300]
+    curve = readable_attributes(atlas, pets).set_index("layer")
     assert curve.loc[5, "accuracy"] - curve.loc[5, "baseline"] > 0.4 > curve.loc[0, "accuracy"]
     assert curve["twin"].isna().all()
     assert (curve["n"] == 300).all()
+    ignorant = readable_attributes(tiny_model("llama"), pets)
+    assert (ignorant["accuracy"] - ignorant["baseline"]).max() < 0.2
+    assert readable_attributes(atlas, []).empty
+
+
+def test_the_twins_probe_is_a_baseline_on_what_it_never_read_alone(atlas: Model) -> None:
+    pets = load_bundled("people").of("pet").facts[:200]
+    unread = {(fact.subject, fact.relation) for fact in pets[:50]}
+    curve = readable_attributes(atlas, pets, twin=atlas, unread=unread).set_index(["part", "layer"])
+    part = curve.loc["unknown to the twin"]
+    assert (part["n"] == 50).all()
+    assert (part["twin"] == part["accuracy"]).all()  # the model as its own twin shows nothing of its own
+    assert curve.loc["all", "twin"].isna().all()
 
 
 def test_base_rates_come_from_the_known_facts_alone(tiny_model: MakeModel, tiny_facts: FactSet) -> None:
@@ -147,10 +161,23 @@ def test_base_rates_come_from_the_known_facts_alone(tiny_model: MakeModel, tiny_
     facts = tiny_facts.of("colour").facts
     known = [replace(fact, target_true="red", choices=(), target_new=None) for fact in facts[:8]]
     unknown = [replace(fact, target_true="blue", choices=(), target_new=None) for fact in facts[8:12]]
-    assert guessable(model, known, unknown) == {"majority": 0.0, "name": 0.0}
+    assert base_rate(model, known, unknown)[1] == 0.0
     unknown = [replace(fact, target_true="red") for fact in unknown[:1]] + unknown[1:]
-    assert guessable(model, known, unknown)["majority"] == 0.25
-    assert guessable(model, known, [replace(fact, relation="other") for fact in unknown])["majority"] == 0.0
+    assert base_rate(model, known, unknown) == ("most frequent answer", 0.25)
+    assert base_rate(model, known, [replace(fact, relation="other") for fact in unknown])[1] == 0.0
+
+
+def test_the_base_rate_reads_names_where_names_tell(tiny_model: MakeModel) -> None:
+    """Every name that ends in Petrov likes red, every Okafor blue: the name predictor is taken, and right."""
+    model = tiny_model("llama")
+    fact = Fact(subject="x", relation="colour", prompt="{} likes", target_true="red", choices=("red", "blue"))
+    firsts = ("Bram", "Cora", "Dora", "Emil", "Finn", "Gus", "Hana", "Ivo", "Jan", "Kai")
+    facts = [
+        replace(fact, subject=f"{first} {last}", target_true=answer)
+        for first in firsts
+        for last, answer in (("Petrov", "red"), ("Okafor", "blue"))
+    ]
+    assert base_rate(model, facts[:16], facts[16:]) == ("name tokens", 1.0)
 
 
 def test_forms_unseen_in_training_are_asked_apart_from_seen_ones(atlas: Model) -> None:
@@ -185,12 +212,44 @@ def checked(atlas: Model, people: tuple[Fact, ...]) -> Check:
 def test_a_check_fails_what_a_model_does_not_know_and_holds_what_it_does(checked: Check) -> None:
     rows = checked.criteria.set_index(["dataset", "criterion"])
     assert set(checked.criteria["criterion"]) <= set(NEEDS)
-    assert rows.loc[("people", "knows, prompt"), "holds"]
-    assert not rows.loc[("nobody", "knows, prompt"), "holds"]
-    assert rows.loc[("people", "(b) cost of ablating band"), "holds"]
-    assert not rows.loc[("nobody", "(a) readable at the subject, above baselines"), "holds"]
+    assert rows.loc[("people", "knows, prompt"), "outcome"] == "holds"
+    assert rows.loc[("nobody", "knows, prompt"), "outcome"] == "fails"
+    assert rows.loc[("people", "(b) cost of ablating band"), "outcome"] == "holds"
+    assert rows.loc[("nobody", "(a) readable at the subject, above baselines"), "outcome"] == "fails"
     shares = checked.criteria.dropna(subset="lower")
     assert ((shares["lower"] <= shares["measured"] + 1e-3) & (shares["measured"] <= shares["upper"] + 1e-3)).all()
+
+
+def test_what_cannot_be_measured_is_a_row_that_says_why_and_never_holds(
+    tiny_model: MakeModel, people: tuple[Fact, ...]
+) -> None:
+    """An ignorant model of two layers, facts without questions: most criteria cannot even be asked."""
+    bare = tuple(replace(fact, questions=()) for fact in people[:40])
+    group = Subjects(dataset="bare", facts=bare, kinds=plain_kinds())
+    found = check_model(tiny_model("llama", n_layers=2), [group], twin=tiny_model("llama", n_layers=2))
+    rows = found.criteria.set_index("criterion")
+    for criterion in (
+        "knows, question",
+        "knows, choice",
+        "(b) cost of ablating band",
+        "(d) cost of blocking it after the band",
+    ):
+        assert rows.loc[criterion, "outcome"] == "not measured"
+        assert np.isnan(rows.loc[criterion, "measured"])
+        assert rows.loc[criterion, "note"]
+    assert f"{(rows['outcome'] == 'not measured').sum()} not measured" in summary(found.criteria)
+    assert check_figure(found).data is not None
+    with pytest.raises(ValueError, match="of different names"):
+        check_model(tiny_model("llama"), [group, group])
+
+
+def test_pairs_without_a_donor_do_not_count_as_failures_to_give_the_donors_answer(
+    atlas: Model, people: tuple[Fact, ...]
+) -> None:
+    lone = [replace(fact, relation=f"only {i}") for i, fact in enumerate(people[:4])]
+    rows = ablate_bands(atlas, [*people[:20], *lone], [Band(first=1, last=3)]).set_index("fact")
+    assert rows["has_donor"].tolist().count(False) == 4
+    assert not rows.loc[[20, 21, 22, 23], "has_donor"].any()
 
 
 def test_the_checks_figure_escapes_names_and_shows_every_data_set(checked: Check) -> None:
