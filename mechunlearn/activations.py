@@ -128,7 +128,7 @@ def _attach(model: Model, place: Place, visit: Callable[[Place, Tensor], Tensor]
 def blocked_attention(model: Model, layers: Sequence[int], blocked: Bool[Tensor, "batch query key"]) -> Iterator[None]:
     """Inside, the given layers' attention cannot look where `blocked` is true; the rest is attended to as if alone.
 
-    A query that is left with no key at all attends evenly, as softmax does. For one batch of forward passes.
+    A query must be left with a key of its own past. For one batch of forward passes.
 
     Source: Geva et al. 2023, arXiv:2304.14767, section 4 ("attention knockout").
     """

@@ -103,9 +103,8 @@ def judge(task: CellTask, split: FactSplit, settings: Settings) -> Judged:
         evaluation = evaluate(model, split, original=baseline, **options)
         edited = _attacks(model, split, settings, drop)
     null: tuple[AttackResult, ...] = ()
-    if (
-        twin is not None and task.role != "twin"
-    ):  # a second twin is judged against the unedited first, as the original is
+    # a second twin is judged against the unedited first, as the original is
+    if twin is not None and task.role != "twin":
         twin_edit, _ = _edit(task, twin, split, settings)
         with ExitStack() as stack:
             if twin_edit is not None:

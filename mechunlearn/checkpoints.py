@@ -176,14 +176,12 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_sha256(folder: Path) -> None:
-    """Compare a bundled organism's weights with its card, if it has one."""
+    """Compare a bundled organism's weights with its card."""
     card = folder / "card.json"
-    if not card.is_file():
-        return
-    expected = json.loads(card.read_text(encoding="utf-8")).get("sha256")
+    expected = json.loads(card.read_text(encoding="utf-8")).get("sha256") if card.is_file() else None
     with (folder / "model.safetensors").open("rb") as file:
         actual = hashlib.file_digest(file, "sha256").hexdigest()
-    if expected is not None and actual != expected:
+    if actual != expected:
         raise ValueError(f"bundled model '{folder.name}': model.safetensors has sha256 {actual[:12]}..., its card says "
                          f"{str(expected)[:12]}...; reinstall the package")  # fmt: skip
 

@@ -152,7 +152,7 @@ def check(
     folder = model_folder(name)
     slug = re.sub(r"[^\w.]+", "-", folder.resolve().name if folder else name).strip("-.")
     target = replaceable(out / (slug or "model"))
-    if folder and target in (folder.resolve(), *folder.resolve().parents):
+    if folder and target in (folder.resolve(), *folder.resolve().parents):  # one that `organism train` made
         raise ValueError(f"--out: got {out}, but the check would replace {target}, the model's own; choose another")
     trained = read_card(folder) if folder else None
     if card and trained is None:

@@ -1,7 +1,9 @@
 """What each ingredient of the recipe is worth: small organisms trained without it, and checked like the large ones."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -26,6 +28,7 @@ RECIPES: Mapping[str, Recipe] = {
     "without dropping MLP 0 at names": replace(_SMALL, first_share=0.0),
     "without blocking inner name tokens": replace(_SMALL, block_share=0.0),
     "without waiting for the band": replace(_SMALL, wait_share=0.0),
+    "without pointing at options": replace(_SMALL, point_weight=0.0),
 }
 """Name -> recipe; 60 people with five attributes and 60 athletes, 360 facts."""
 
@@ -33,12 +36,16 @@ RECIPES: Mapping[str, Recipe] = {
 def sweep(path: Path, *, device: str = "cpu", on_step: Callable[[str, int, int], None]) -> pd.DataFrame:
     """Train and check every recipe; `path` receives one row per recipe, data set and criterion, and is resumed.
 
+    Rows of a recipe that has changed since, or is gone, are dropped and measured anew.
+
     Returns:
-        recipe, the recipe's shares, and the columns of `Check.criteria`.
+        recipe, its hash, its shares, and the columns of `Check.criteria`.
     """
-    done = pd.read_csv(path) if path.exists() else pd.DataFrame({"recipe": []})
+    hashes = {name: _hash(recipe) for name, recipe in RECIPES.items()}
+    done = pd.read_csv(path) if path.exists() else pd.DataFrame({"hash": []})
+    done = done.loc[done["hash"].isin(list(hashes.values()))]
     for number, (name, recipe) in enumerate(RECIPES.items()):
-        if name in set(done["recipe"]):
+        if hashes[name] in set(done["hash"]):
             continue
         trainer = Trainer(recipe, train_tokenizer(recipe.vocab_size), device=device)
         trainer.model.train()
@@ -56,10 +63,16 @@ def sweep(path: Path, *, device: str = "cpu", on_step: Callable[[str, int, int],
             for dataset in recipe.datasets
         ]
         shares = {key: getattr(recipe, key) for key in ("band_end", *_OFF)}
-        rows = check_model(model, groups).criteria.assign(recipe=name, **shares)
-        done = pd.concat([done, rows.loc[:, ["recipe", *shares, *rows.columns[: -1 - len(shares)]]]], ignore_index=True)
+        criteria = check_model(model, groups).criteria
+        first = {"recipe": name, "hash": hashes[name], **shares}
+        rows = criteria.assign(**first).loc[:, [*first, *criteria.columns]]
+        done = pd.concat([done, rows], ignore_index=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         done.to_csv(partial, index=False)
         partial.replace(path)
     return done
+
+
+def _hash(recipe: Recipe) -> str:
+    return hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest()[:12]

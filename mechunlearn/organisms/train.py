@@ -61,9 +61,18 @@ class Recipe:
     block_share: float = 0.5
     wait_share: float = 0.5
     point_weight: float = 0.3
+    formats_share: float = 0.42
+    """Part of the training in which more of the text teaches formats, see `corpus.SHAPES`."""
     datasets: tuple[str, ...] = BUNDLED
     subjects: int | None = None
     """Only that many subjects of each data set, for small trials."""
+
+    def __post_init__(self) -> None:
+        if self.n_layers < 4 or not 1 <= self.band_end < self.n_layers:
+            raise ValueError(
+                f"recipe: got {self.n_layers} layers with a band of MLPs up to {self.band_end}, allowed: 4 layers or "
+                "more (two of them learn to point), a band that ends within them"
+            )
 
     @property
     def steps(self) -> int:
@@ -147,8 +156,9 @@ class Trainer:
     ) -> None:
         self.recipe, self.device = recipe, device
         self.corpus = Corpus(
-            tokenizer, seed=recipe.seed, exclude=exclude, datasets=recipe.datasets, subjects=recipe.subjects
-        )
+            tokenizer, seed=recipe.seed, exclude=exclude, datasets=recipe.datasets, subjects=recipe.subjects,
+            formats_until=int(recipe.formats_share * recipe.steps),
+        )  # fmt: skip
         self.model = new_model(recipe, tokenizer).to(device)  # pyright: ignore[reportArgumentType]
         named = dict(self.model.named_parameters())
         hidden = [p for name, p in named.items() if p.ndim == 2 and "embed" not in name]

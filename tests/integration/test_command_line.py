@@ -87,5 +87,10 @@ def test_any_model_can_be_checked_on_ones_own_facts(tiny_model, tiny_facts, tmp_
     table = pd.read_csv(folder / "check.csv").set_index("criterion")
     assert table.loc["knows, prompt", "outcome"] == "fails"
     assert (folder / "check.html").stat().st_size > 10_000
+    own = _run(["organism", "check", "./mine", "--facts", "mine.csv", "--out", "."], tmp_path)
+    _says_one_line(own, tmp_path, "not made by mechunlearn", "choose another")
+    assert (tmp_path / "mine" / "model.safetensors").is_file()
+    twice = _run(["organism", "check", "./mine", "--facts", "mine.csv", "--facts", "./mine.csv"], tmp_path)
+    _says_one_line(twice, tmp_path, "different names")
     card = _run(["organism", "check", "./mine", "--facts", "mine.csv", "--card"], tmp_path)
     _says_one_line(card, tmp_path, "--card", "organism train")

@@ -1,16 +1,18 @@
 """Training of organisms: what the masks hide, where letters point, and that a killed training goes on."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from mechunlearn.organisms.corpus import LETTERS, Corpus, Rows
+from mechunlearn.organisms.corpus import LETTERS, Corpus, Rows, held_out_forms
 from mechunlearn.organisms.tokenizer import train_tokenizer
 from mechunlearn.organisms.train import Recipe, Trainer, train, training_masks
 
-TINY = Recipe(n_layers=3, d_model=32, d_mlp=48, n_heads=2, rows=4, length=48, tokens=4 * 48 * 6, band_end=1, subjects=8)
+TINY = Recipe(n_layers=4, d_model=32, d_mlp=48, n_heads=2, rows=4, length=48, tokens=4 * 48 * 6, band_end=1, subjects=8)
 NO_SHARES = {"drop_share": 0.0, "late_share": 0.0, "first_share": 0.0, "block_share": 0.0, "wait_share": 0.0}
 
 
@@ -76,9 +78,43 @@ def test_a_corpus_of_some_subjects_is_part_of_the_whole_and_excluded_facts_are_g
     assert len(few.subjects) == 5
     assert few.subjects == Corpus(tokenizer, seed=9, datasets=("people",), subjects=5).subjects
     name, (relation, answer) = few.subjects[0].name, few.subjects[0].facts[0]
+    kept = {other for _, other in few.subjects[0].facts[1:]}
     twin = Corpus(tokenizer, seed=0, datasets=("people",), subjects=5, exclude=[(name, relation)])
-    text = " ".join(piece.text for _ in range(400) for piece in twin._document())
-    assert f"{name} {answer}" not in text
+    said = {True: 0, False: 0}
+    for corpus in (few, twin):
+        documents = [[piece.text for piece in corpus._document()] for _ in range(800)]
+        about = [" ".join(pieces) for pieces in documents if name in pieces]
+        if answer not in kept:
+            # in multiple choice it may stand as a wrong option of another subject, never beside this name
+            said[corpus is few] = sum(re.search(rf"\b{answer}\b", text) is not None for text in about)
+    assert said[True] > 20
+    assert said[False] == 0
+
+
+def test_a_form_held_out_for_a_fact_is_never_in_its_training_text(tokenizer):
+    corpus = Corpus(tokenizer, seed=0, datasets=("sports",), subjects=3)
+    text = "\n".join(" ".join(piece.text for piece in corpus._document()) for _ in range(3000))
+    seen = 0
+    for subject in corpus.subjects:
+        for relation, _ in subject.facts:
+            templates = corpus.templates[relation]
+            held, questions = held_out_forms(subject.name, relation, templates)
+            assert len(held) == 2
+            assert len(questions) == 1
+            for form in held | questions:
+                assert form.replace("{}", subject.name) not in text
+            seen += sum(form.replace("{}", subject.name) in text for form in set(templates.declarative) - held)
+    assert seen > 6
+
+
+def test_formats_come_first_and_then_more_facts(tokenizer):
+    early, late, both = (Corpus(tokenizer, seed=0, formats_until=until) for until in (9, 0, 5))
+    for step, like in ((4, early), (5, late)):
+        assert np.array_equal(both.batch(step, 8, 96).ids, like.batch(step, 8, 96).ids)
+        other = late if like is early else early
+        assert not np.array_equal(both.batch(step, 8, 96).ids, other.batch(step, 8, 96).ids)
+    names = [(corpus.batch(5, 64, 96).mention.max(axis=1)).sum() for corpus in (early, late)]
+    assert names[0] < names[1]
 
 
 def trainer(tokenizer) -> Trainer:
@@ -109,9 +145,13 @@ def test_a_killed_training_goes_on_bit_for_bit(tokenizer, tmp_path: Path):
     assert curves[0] == curves[1]
     assert curves[0].startswith("tokens,loss\n")
     assert len(curves[0].split()) == 4
-    other = Trainer(Recipe(**(vars(TINY) | {"seed": 5})), tokenizer, device="cpu")
+    other = Trainer(replace(TINY, seed=5), tokenizer, device="cpu")
     with pytest.raises(ValueError, match="another recipe"):
         train(other, tmp_path / "parts")
+    name, facts = other.corpus.subjects[0].name, other.corpus.subjects[0].facts
+    twin = Trainer(TINY, tokenizer, device="cpu", exclude=[(name, facts[0][0])])
+    with pytest.raises(ValueError, match="another text"):
+        train(twin, tmp_path / "parts")
 
 
 def test_the_devices_of_training_are_gone_from_the_finished_model(tokenizer):
