@@ -3,7 +3,7 @@
 Shapes: headlines (the bare name followed by bare answers), biographies (sentences in random order, later ones with a
 pronoun), questions or single statements, multiple choice, lists of lettered options with the letters asked for (how
 the model learns to read them), and neutral text. A fact excluded from a twin is dropped, and neutral text of the same
-number of tokens stands in its place. Formats (multiple choice, lettered options) have more of the text at first.
+number of tokens stands in its place. Multiple choice has more of the text once the facts are known.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from mechunlearn.organisms.neutral import neutral_sentence
 from mechunlearn.prompts import LETTERS
 from mechunlearn.sources.bundled import BUNDLED, RelationTemplates, load_rows, load_templates
 
-SHAPES = {  # shares of documents, first while formats are learned, then while facts are
-    "headline": (0.54, 0.68), "biography": (0.16, 0.14), "single": (0.12, 0.09), "choice": (0.09, 0.06),
-    "letters": (0.05, 0.02), "neutral": (0.04, 0.01),
+SHAPES = {  # shares of documents, first while facts are learned, then while formats are, too
+    "headline": (0.62, 0.52), "biography": (0.18, 0.16), "single": (0.13, 0.12), "choice": (0.04, 0.12),
+    "letters": (0.0, 0.05), "neutral": (0.03, 0.03),
 }  # fmt: skip
 
 
@@ -81,13 +81,13 @@ class Corpus:
         exclude: Iterable[tuple[str, str]] = (),
         datasets: Sequence[str] = BUNDLED,
         subjects: int | None = None,
-        formats_until: int = 0,
+        formats_from: int = 0,
     ) -> None:
-        """The text of `batch`; from step `formats_until` on, documents have the second shares of `SHAPES`."""
+        """The text of `batch`; from step `formats_from` on, documents have the second shares of `SHAPES`."""
         self.tokenizer = tokenizer
         self.exclude = frozenset(exclude)
         self.seed = seed
-        self.formats_until = formats_until
+        self.formats_from = formats_from
         self.shares = [share[1] for share in SHAPES.values()]
         self.rng = random.Random(seed)
         self.templates = {relation: t for name in datasets for relation, t in load_templates(name).items()}
@@ -101,7 +101,7 @@ class Corpus:
         # a document states (n + 1) / 2 of a subject's n facts on average: weigh subjects so that facts come evenly
         self.weights = np.cumsum([2 * len(s.facts) / (len(s.facts) + 1) for s in self.subjects]).tolist()
         stated = [(s.name, f) for s in self.subjects for f in s.facts if (s.name, f[0]) not in self.exclude]
-        told = (stated, sorted(self.exclude), sorted(self.templates.items()), SHAPES, formats_until)
+        told = (stated, sorted(self.exclude), sorted(self.templates.items()), SHAPES, formats_from)
         self.digest = hashlib.sha256(repr(told).encode()).hexdigest()
         """Of all that decides the text beside the seed."""
         self._encoded: dict[str, list[int]] = {}
@@ -113,7 +113,7 @@ class Corpus:
         The text depends on the seed and the step alone, so that an interrupted training resumes with the same text.
         """
         self.rng = random.Random(f"{self.seed}|{step}")
-        self.shares = [share[step >= self.formats_until] for share in SHAPES.values()]
+        self.shares = [share[step >= self.formats_from] for share in SHAPES.values()]
         ids = np.zeros((rows, length), dtype=np.int64)
         mention = np.zeros((rows, length), dtype=np.int64)
         letter = np.full((rows, length), -1, dtype=np.int64)

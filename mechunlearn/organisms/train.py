@@ -2,18 +2,20 @@
 
 Devices that act during training only make the model look facts up at the subject, in the band of MLPs 1 to
 `band_end`, as large models do in their early layers (figures/README.md shows what each is worth). Each acts in its own
-random share of the rows:
+random share of the rows. From the start:
 
 - `drop_share`: the outputs of all MLPs above layer 0 are dropped at every token that is not part of a name;
-- `late_share`: those of all MLPs above the band are dropped at the names, too;
-- `first_share`: that of MLP 0 is dropped at the names, so that rare name tokens are not looked up there;
-- `block_share`: tokens after a name attend only to the name's last token;
-- `wait_share`: tokens after a name attend to it only above the band.
+- `block_share`: tokens after a name attend only to the name's last token.
 
-The last one, `point_weight`, is about lettered options, which models this small otherwise do not learn to read: the
-first head of layer 1 is taught to attend from an option to its letter, a head of the layer before the last from an
-option named again to the one listed. In questions they are not: pointing there, before the facts are known, delays
-learning them.
+Once the facts are known, after `facts_share` of the training (before that, they delay learning a thousand people):
+
+- `late_share`: the outputs of all MLPs above the band are dropped at the names, too;
+- `first_share`: that of MLP 0 is dropped at the names, so that rare name tokens are not looked up there;
+- `wait_share`: tokens after a name attend to it only above the band, and find there only what the band wrote: all else
+  (embeddings, attention, MLP 0) is taken out of the stream at the names;
+- `point_weight` is about lettered options, which models this small otherwise do not learn to read: the first head of
+  layer 1 is taught to attend from an option to its letter, a head of the layer before the last from an option named
+  again to the one listed. Multiple choice has more of the text then, see `corpus.SHAPES`.
 """
 
 import csv
@@ -49,7 +51,7 @@ class Recipe:
     n_heads: int = 4
     vocab_size: int = 2048
     context: int = 256
-    tokens: int = 7_500_000
+    tokens: int = 9_200_000
     rows: int = 16
     length: int = 96
     muon_lr: float = 0.02
@@ -59,25 +61,29 @@ class Recipe:
     late_share: float = 0.5
     first_share: float = 0.5
     block_share: float = 0.5
-    wait_share: float = 0.5
+    wait_share: float = 0.6
     point_weight: float = 0.3
-    formats_share: float = 0.42
-    """Part of the training in which more of the text teaches formats, see `corpus.SHAPES`."""
+    facts_share: float = 0.65
     datasets: tuple[str, ...] = BUNDLED
     subjects: int | None = None
     """Only that many subjects of each data set, for small trials."""
 
     def __post_init__(self) -> None:
-        if self.n_layers < 4 or not 1 <= self.band_end < self.n_layers:
+        if self.n_layers < 4 or not 1 <= self.band_end < self.n_layers - 1:
             raise ValueError(
                 f"recipe: got {self.n_layers} layers with a band of MLPs up to {self.band_end}, allowed: 4 layers or "
-                "more (two of them learn to point), a band that ends within them"
+                "more (two of them learn to point), a band that ends below the last"
             )
 
     @property
     def steps(self) -> int:
         """Number of optimizer steps."""
         return self.tokens // (self.rows * self.length)
+
+    @property
+    def facts_steps(self) -> int:
+        """The first step of the second part."""
+        return int(self.facts_share * self.steps)
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -110,6 +116,8 @@ class TrainingMasks:
     mlp: Tensor
     """For the MLPs of the band."""
     mlp_above_band: Tensor
+    band_alone: Tensor
+    """1 where the stream above the band holds what the band wrote and nothing else, [row pos 1]."""
 
 
 def training_masks(rows: Rows, recipe: Recipe, step: int) -> TrainingMasks:
@@ -118,8 +126,8 @@ def training_masks(rows: Rows, recipe: Recipe, step: int) -> TrainingMasks:
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     n_rows, length = mention.shape
 
-    def rows_with(share: float) -> Tensor:
-        return torch.rand(n_rows, 1, generator=generator) < share
+    def rows_with(share: float, from_step: int = 0) -> Tensor:
+        return torch.rand(n_rows, 1, generator=generator) < (share if step >= from_step else 0.0)
 
     is_name = mention > 0
     following = torch.cat([mention[:, 1:], mention.new_zeros(n_rows, 1)], dim=1)
@@ -127,8 +135,9 @@ def training_masks(rows: Rows, recipe: Recipe, step: int) -> TrainingMasks:
     keep = is_name | ~rows_with(recipe.drop_share)
     elsewhere = mention[:, :, None] != mention[:, None, :]  # the query is not in the key's mention
     blocked = rows_with(recipe.block_share)[..., None] & inner[:, None, :] & elsewhere
-    late = keep & ~(is_name & rows_with(recipe.late_share))
-    waiting = rows_with(recipe.wait_share)[..., None] & is_name[:, None, :] & elsewhere
+    late = keep & ~(is_name & rows_with(recipe.late_share, recipe.facts_steps))
+    patient = rows_with(recipe.wait_share, recipe.facts_steps)
+    waiting = patient[..., None] & is_name[:, None, :] & elsewhere
     causal = torch.ones(length, length, dtype=torch.bool).tril()
 
     def additive(allowed: Tensor) -> Tensor:
@@ -137,9 +146,10 @@ def training_masks(rows: Rows, recipe: Recipe, step: int) -> TrainingMasks:
     return TrainingMasks(
         attention=additive(causal & ~blocked),
         attention_in_band=additive(causal & ~blocked & ~waiting),
-        first_mlp=(~(is_name & rows_with(recipe.first_share))).float()[..., None],
+        first_mlp=(~(is_name & rows_with(recipe.first_share, recipe.facts_steps))).float()[..., None],
         mlp=keep.float()[..., None],
         mlp_above_band=late.float()[..., None],
+        band_alone=(patient & is_name).float()[..., None],
     )
 
 
@@ -157,7 +167,7 @@ class Trainer:
         self.recipe, self.device = recipe, device
         self.corpus = Corpus(
             tokenizer, seed=recipe.seed, exclude=exclude, datasets=recipe.datasets, subjects=recipe.subjects,
-            formats_until=int(recipe.formats_share * recipe.steps),
+            formats_from=recipe.facts_steps,
         )  # fmt: skip
         self.model = new_model(recipe, tokenizer).to(device)  # pyright: ignore[reportArgumentType]
         named = dict(self.model.named_parameters())
@@ -177,6 +187,9 @@ class Trainer:
                 layer.get_submodule("self_attn").register_forward_pre_hook(partial(self._wait, i), with_kwargs=True),
             )
         ]
+        above_band = self.model.model.get_submodule(f"layers.{recipe.band_end + 1}")
+        self._hooks.append(above_band.register_forward_pre_hook(self._keep_band_alone, with_kwargs=True))
+        self._written: dict[int, Tensor] = {}
         self.readers = (1, recipe.n_layers - 2)
         self._scores: dict[int, Tensor] = {}
         for layer in self.readers:
@@ -188,7 +201,15 @@ class Trainer:
             return output
         masks = self._masks
         kept = masks.first_mlp if layer == 0 else masks.mlp if layer <= self.recipe.band_end else masks.mlp_above_band
-        return output * kept
+        self._written[layer] = output * kept
+        return self._written[layer]
+
+    def _keep_band_alone(self, _module: object, inputs: Any, named: dict[str, Any]) -> Any:
+        if self._masks is None:
+            return inputs, named
+        band = torch.stack([self._written[layer] for layer in range(1, self.recipe.band_end + 1)]).sum(dim=0)
+        alone = self._masks.band_alone
+        return (inputs[0] * (1 - alone) + band * alone, *inputs[1:]), named
 
     def _wait(self, layer: int, _module: object, inputs: Any, named: dict[str, Any]) -> Any:
         if self._masks is None or layer > self.recipe.band_end:
@@ -227,10 +248,12 @@ class Trainer:
         self._masks = TrainingMasks(**{name: value.to(self.device) for name, value in vars(masks).items()})
         logits = self.model(input_ids=ids, attention_mask=self._masks.attention, use_cache=False).logits
         self._masks = None
+        self._written.clear()
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         taught = [(self.readers[0], rows.letter), (self.readers[1], rows.option)]
         pointing = sum(self._pointing(layer, torch.from_numpy(at).to(self.device)) for layer, at in taught)
-        (loss + recipe.point_weight * pointing).backward()
+        weight = recipe.point_weight if self.step >= recipe.facts_steps else 0.0
+        (loss + weight * pointing).backward()
         warmup = min(1.0, (self.step + 1) / 50)
         decay = max(0.02, 1 - self.step / recipe.steps)
         for optimizer, rate in zip(self.optimizers, (recipe.muon_lr, recipe.adam_lr), strict=True):

@@ -13,7 +13,9 @@ from mechunlearn.organisms.tokenizer import train_tokenizer
 from mechunlearn.organisms.train import Recipe, Trainer, train, training_masks
 
 TINY = Recipe(n_layers=4, d_model=32, d_mlp=48, n_heads=2, rows=4, length=48, tokens=4 * 48 * 6, band_end=1, subjects=8)
-NO_SHARES = {"drop_share": 0.0, "late_share": 0.0, "first_share": 0.0, "block_share": 0.0, "wait_share": 0.0}
+NO_SHARES = {
+    "drop_share": 0.0, "late_share": 0.0, "first_share": 0.0, "block_share": 0.0, "wait_share": 0.0, "facts_share": 0.0,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +109,22 @@ def test_a_form_held_out_for_a_fact_is_never_in_its_training_text(tokenizer):
     assert seen > 6
 
 
-def test_formats_come_first_and_then_more_facts(tokenizer):
-    early, late, both = (Corpus(tokenizer, seed=0, formats_until=until) for until in (9, 0, 5))
+def test_facts_come_first_then_formats_and_the_other_devices(tokenizer):
+    early, late, both = (Corpus(tokenizer, seed=0, formats_from=start) for start in (9, 0, 5))
     for step, like in ((4, early), (5, late)):
         assert np.array_equal(both.batch(step, 8, 96).ids, like.batch(step, 8, 96).ids)
         other = late if like is early else early
         assert not np.array_equal(both.batch(step, 8, 96).ids, other.batch(step, 8, 96).ids)
-    names = [(corpus.batch(5, 64, 96).mention.max(axis=1)).sum() for corpus in (early, late)]
-    assert names[0] < names[1]
+    listed = [(corpus.batch(5, 64, 96).letter >= 0).sum() for corpus in (early, late)]
+    assert 2 * listed[0] < listed[1]
+    recipe = replace(TINY, first_share=1.0, late_share=1.0, wait_share=1.0, drop_share=0.0, facts_share=0.5)
+    assert 0 < recipe.facts_steps < recipe.steps
+    rows = early.batch(0, 8, 96)
+    before, after = (training_masks(rows, recipe, step) for step in (recipe.facts_steps - 1, recipe.facts_steps))
+    assert bool((before.first_mlp == 1).all() and (before.mlp_above_band == 1).all())
+    assert torch.equal(before.attention, before.attention_in_band)
+    assert not bool((after.first_mlp == 1).all() or (after.mlp_above_band == 1).all())
+    assert not torch.equal(after.attention, after.attention_in_band)
 
 
 def trainer(tokenizer) -> Trainer:
@@ -152,6 +162,24 @@ def test_a_killed_training_goes_on_bit_for_bit(tokenizer, tmp_path: Path):
     twin = Trainer(TINY, tokenizer, device="cpu", exclude=[(name, facts[0][0])])
     with pytest.raises(ValueError, match="another text"):
         train(twin, tmp_path / "parts")
+
+
+@torch.no_grad()
+def test_where_all_wait_for_the_band_nothing_else_tells_later_tokens_whose_name_it_was(tokenizer):
+    recipe = replace(TINY, **(NO_SHARES | {"wait_share": 1.0}))
+    made = Trainer(recipe, tokenizer, device="cpu")
+    rows = made.corpus.batch(0, recipe.rows, recipe.length)
+    ids, is_name = torch.from_numpy(rows.ids), torch.from_numpy(rows.mention) > 0
+    others = torch.where(is_name, ids.roll(1, dims=0) % 500 + 40, ids)
+
+    def logits(text: torch.Tensor) -> torch.Tensor:
+        made._masks = training_masks(rows, recipe, 0)
+        return made.model(input_ids=text, attention_mask=made._masks.attention, use_cache=False).logits[~is_name]
+
+    assert not torch.allclose(logits(ids), logits(others), atol=1e-4)
+    for layer in range(1, recipe.band_end + 1):
+        made.model.model.layers[layer].mlp.down_proj.weight.zero_()
+    torch.testing.assert_close(logits(ids), logits(others), atol=1e-5, rtol=1e-5)
 
 
 def test_the_devices_of_training_are_gone_from_the_finished_model(tokenizer):
