@@ -206,12 +206,11 @@ def organism_check(
 ) -> None:
     """Measure whether a model knows facts and looks them up at the subject; writes tables and a figure."""
     from mechunlearn import stages
-    from mechunlearn.bench.criteria import summary
+    from mechunlearn.bench.criteria import by_dataset, summary
 
     with _progress() as progress:
         check, folder = stages.check(name, facts, twin=twin, device=device, out=out, card=card, on_step=progress)
-    shown = ["dataset", "criterion", "measured", "lower", "upper", "n", "needs", "outcome"]
-    _print_frame(check.criteria[shown], title=f"{name}: what was measured, what is needed")
+    _print_frame(by_dataset(check.criteria), title=f"{name}: what was measured, what is needed")
     console.print(summary(check.criteria))
     for dataset, mechanism in check.mechanisms.items():
         console.print(f"{escape(dataset)}: facts are looked up by MLPs {mechanism.band.first} to {mechanism.band.last}")

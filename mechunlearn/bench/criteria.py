@@ -72,6 +72,22 @@ def _row(
     }
 
 
+def by_dataset(criteria: pd.DataFrame) -> pd.DataFrame:
+    """The rows side by side: criterion, needs, and for each data set what was measured and what came of it."""
+    cells = criteria.assign(
+        cell=[
+            outcome if outcome == NOT_MEASURED else f"{measured:.3f} {outcome}"
+            for measured, outcome in zip(criteria["measured"], criteria["outcome"], strict=True)
+        ]
+    )
+    order = list(dict.fromkeys(zip(criteria["criterion"], criteria["needs"], strict=True)))
+    table = pd.DataFrame(order, columns=pd.Index(["criterion", "needs"]))
+    for dataset in dict.fromkeys(criteria["dataset"]):
+        found = cells.loc[cells["dataset"] == dataset].set_index("criterion")["cell"]
+        table[dataset] = [found.get(criterion, "") for criterion in table["criterion"]]
+    return table
+
+
 def summary(criteria: pd.DataFrame) -> str:
     """How many criteria hold, in words."""
     counts = [(str(kind), int(n)) for kind, n in criteria["outcome"].value_counts().items()]

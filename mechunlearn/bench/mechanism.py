@@ -52,9 +52,9 @@ def measure_mechanism(model: Model, facts: Sequence[Fact], *, batch_size: int = 
     """Find the band of MLPs that looks the facts up at their subjects, and measure what depends on it.
 
     The band, layer 0 excluded, is the one with the largest difference between its own cost at the subject and the
-    largest cost of as many MLPs right before (from layer 1 on) or right after it; where the depth leaves room for as
-    many on one side alone, that side counts. Half of the facts choose it, the other half measures, so that the choice
-    does not flatter the measurement.
+    largest cost of as many MLPs right before (from layer 1 on) or right after it, or of all that are left on that side;
+    on one side at least there must be as many. Half of the facts choose it, the other half measures, so that the
+    choice does not flatter the measurement.
 
     Args:
         facts: those that the model does not know in the template asked, or that have no template with the subject
@@ -75,11 +75,12 @@ def measure_mechanism(model: Model, facts: Sequence[Fact], *, batch_size: int = 
         )
     choosing, measuring = known[::2], known[1::2]
     options = {"batch_size": batch_size, "seed": seed}
-    bands = [Band(first=i, last=i + n - 1) for n in _sizes(model.n_layers) for i in range(1, model.n_layers - n + 1)]
-    choice = ablate_bands(model, choosing, bands, **options)
+    bands = _candidates(model.n_layers)
+    beside = [b for band in bands for b in neighbours(band, model.n_layers).values() if b.role == "subject"]
+    choice = ablate_bands(model, choosing, list(dict.fromkeys((*bands, *beside))), **options)
     kinds = dict.fromkeys(("clean", "correct", "donor"), "mean")
     shares = choice.groupby(["first", "last", "role"], as_index=False).agg(kinds)
-    band = _best(shares, model.n_layers)
+    band = _best(shares, bands, model.n_layers)
     others = neighbours(band, model.n_layers)
     measured = ablate_bands(model, measuring, list(others.values()), **options)
     parts = []
@@ -117,10 +118,16 @@ def neighbours(band: Band, n_layers: int) -> dict[str, Band]:
     return listed
 
 
-def _sizes(n_layers: int) -> list[int]:
-    """Sizes of bands to try: all that leave room for a neighbour in small models, three in deep ones."""
+def _candidates(n_layers: int) -> list[Band]:
+    """Bands that leave room for as many MLPs on one side; of every size in small models, of three in deep ones."""
     half = (n_layers - 1) // 2
-    return list(range(1, half + 1)) if n_layers <= 12 else sorted({n_layers // 8, n_layers // 4, half})
+    sizes = range(1, half + 1) if n_layers <= 12 else sorted({n_layers // 8, n_layers // 4, half})
+    places = [(first, first + size - 1) for size in sizes for first in range(1, n_layers - size + 1)]
+    return [
+        Band(first=first, last=last)
+        for first, last in places
+        if max(first - 1, n_layers - 1 - last) >= last - first + 1
+    ]
 
 
 def _cuts(n_layers: int) -> list[tuple[int, int]]:
@@ -129,15 +136,12 @@ def _cuts(n_layers: int) -> list[tuple[int, int]]:
     return [(0, -1), *((0, i) for i in range(last)), *((i, last) for i in range(last + 1))]
 
 
-def _best(shares: pd.DataFrame, n_layers: int) -> Band:
+def _best(shares: pd.DataFrame, bands: Sequence[Band], n_layers: int) -> Band:
     lost = shares["clean"] - shares["correct"]
     cost = dict(zip(zip(shares["first"], shares["last"], strict=True), lost, strict=True))
 
-    def contrast(key: tuple[int, int]) -> float:
-        found = neighbours(Band(first=key[0], last=key[1]), n_layers)
-        beside = [(found[name].first, found[name].last) for name in ("earlier", "later") if name in found]
-        whole = [cost[other] for other in beside if other[1] - other[0] == key[1] - key[0]]
-        return cost[key] - max(whole) if whole else -1.0
+    def contrast(band: Band) -> float:
+        beside = [other for name, other in neighbours(band, n_layers).items() if name in ("earlier", "later")]
+        return cost[band.first, band.last] - max(cost[other.first, other.last] for other in beside)
 
-    first, last = max(cost, key=lambda key: (round(contrast(key), 3), -(key[1] - key[0])))
-    return Band(first=first, last=last)
+    return max(bands, key=lambda band: (round(contrast(band), 3), -len(band.layers)))

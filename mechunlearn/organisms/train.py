@@ -58,7 +58,7 @@ class Recipe:
     adam_lr: float = 3e-3
     band_end: int = 3
     drop_share: float = 0.7
-    late_share: float = 0.5
+    late_share: float = 0.8
     first_share: float = 0.5
     block_share: float = 0.5
     wait_share: float = 0.6

@@ -14,7 +14,7 @@ from mechunlearn.activations import blocked_attention, last_logits, pad, untouch
 from mechunlearn.bench.check import Check, Subjects, check_model
 from mechunlearn.bench.criteria import NEEDS, summary
 from mechunlearn.bench.knowledge import base_rate, knowledge, plain_kinds, trained_kinds
-from mechunlearn.bench.mechanism import measure_mechanism, neighbours, subject_first
+from mechunlearn.bench.mechanism import _best, _candidates, measure_mechanism, neighbours, subject_first
 from mechunlearn.bench.readable import readable_attributes
 from mechunlearn.checkpoints import load_model
 from mechunlearn.facts import Fact, FactSet
@@ -106,6 +106,18 @@ def test_neighbours_are_of_the_same_size_leave_layer_0_out_and_do_not_overlap() 
             assert not set(beside) & set(found["band"].layers)
         assert ("earlier" in found) == (first > 1)
         assert ("later" in found) == (last < 7)
+
+
+@pytest.mark.parametrize("n_layers", [3, 4, 8, 12, 32])
+def test_a_band_with_a_costly_neighbour_however_short_is_not_chosen(n_layers: int) -> None:
+    bands = _candidates(n_layers)
+    assert all(max(band.first - 1, n_layers - 1 - band.last) >= len(band.layers) for band in bands)
+    measured = {b for band in bands for b in (band, *neighbours(band, n_layers).values()) if b.role == "subject"}
+    rows = [  # MLP 1 alone carries everything
+        {"first": b.first, "last": b.last, "clean": 1.0, "correct": float(b.first > 1), "donor": 0.0} for b in measured
+    ]
+    best = _best(pd.DataFrame(rows), bands, n_layers)
+    assert best.first == 1
 
 
 def test_a_prompt_is_usable_if_the_subject_comes_before_the_relation() -> None:
