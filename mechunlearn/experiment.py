@@ -61,7 +61,12 @@ def choose_facts(settings: FactsSettings) -> tuple[FactSet, tuple[Fact, ...]]:
         ValueError: neither a forget set nor a relation nor n, or more facts than there are.
     """
     if settings.forget:
-        return load_forget_set(settings.forget)
+        facts, forget = load_forget_set(settings.forget)
+        if settings.n is None:
+            return facts, forget
+        chosen = balanced_sample(forget, settings.n)
+        others = {fact.key for fact in forget} - {fact.key for fact in chosen}
+        return facts.where(lambda fact: fact.key not in others), chosen  # a twin never read the others: not retained
     facts = load_facts(settings.source, format=settings.format)
     pool = facts.of(settings.relation) if settings.relation else facts
     return facts, balanced_sample(pool, settings.n) if settings.n else pool.facts

@@ -28,7 +28,7 @@ class FactsSettings(_Strict):
     source: str = "people"
     format: str = "auto"
     forget: str | None = None
-    """A default forget set (people-256, ...); instead of it `relation` and `n` choose facts of any source."""
+    """A default forget set (people-256, ...), or `n` of it; without one `relation` and `n` choose from any source."""
     relation: str | None = None
     n: Annotated[int, Field(ge=4)] | None = None
     folds: Annotated[int, Field(ge=2)] = 2

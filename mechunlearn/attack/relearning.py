@@ -54,6 +54,7 @@ def relearning(
     eval_every: Annotated[int, Field(ge=1)] = 15,
     rank: Annotated[int, Field(ge=1)] = 8,
     batch_size: Annotated[int, Field(ge=2)] = 48,
+    retained_share: Annotated[float, Field(ge=0, lt=1)] = 0.5,
     forms: Forms = "prompt",
     max_health_facts: Annotated[int, Field(ge=1)] = 128,
     drop_targets: bool = False,
@@ -71,7 +72,8 @@ def relearning(
             limits of the search belong to the attack, so widen it when the chosen one is at its edge.
         kinds: "full" trains every attention and MLP weight, "lora" a low-rank update of each.
         eval_every: steps between checkpoints; the last step is always one.
-        batch_size: rows a step, half of them forgotten and half retained.
+        batch_size: rows a step.
+        retained_share: of these rows; the others are forgotten facts. More keeps a fragile model healthy.
         max_health_facts: facts (of each part) that health is measured on.
         drop_targets: leave `target_new` out of the candidates (for injections, on edited model and twin alike).
         seed: of batches and low-rank starts.
@@ -83,15 +85,16 @@ def relearning(
     """
     options = {
         "learning_rates": list(learning_rates), "kinds": list(kinds), "steps": steps, "eval_every": eval_every,
-        "rank": rank, "batch_size": batch_size, "forms": forms, "max_health_facts": max_health_facts,
-        "drop_targets": drop_targets,
+        "rank": rank, "batch_size": batch_size, "retained_share": retained_share, "forms": forms,
+        "max_health_facts": max_health_facts, "drop_targets": drop_targets,
     }  # fmt: skip
     for part in ("forget_shown", "attack_dev"):
         if not getattr(split, part):
             raise ValueError(f"relearning: {part} is empty; split with at least one fact there")
     judge = _Judge.of(model, split, max_health_facts, drop_targets)
     shown = fact_tokens(model, split.forget_shown, forms=forms)
-    kept = fact_tokens(model, split.retain_train, forms=forms) if split.retain_train else None
+    n_kept = min(round(retained_share * batch_size), batch_size - 1) if split.retain_train else 0
+    kept = fact_tokens(model, split.retain_train, forms=forms) if n_kept else None
     best: list[Checkpoint] = []  # all checkpoints of the best setting so far
     dev_curves: dict[str, list[tuple[int, float]]] = {}
     failed: dict[str, str] = {}
@@ -113,10 +116,9 @@ def relearning(
                 curve.append((step, dev))
                 found.append(Checkpoint(setting=setting, step=step, dev=dev, health=health, leaves=_copy(trainable)))
 
-            half = batch_size // 2
-            learnt = batches(shown, half, seed=seed)
+            learnt = batches(shown, batch_size - n_kept, seed=seed)
             if kept is not None:
-                learnt = joined(learnt, batches(kept, half, seed=seed + 1))
+                learnt = joined(learnt, batches(kept, n_kept, seed=seed + 1))
             terms = [Term(weight=1.0, objective=answer_loss, batches=learnt)]
             look(0)
             try:

@@ -15,7 +15,7 @@ from mechunlearn.organisms.tokenizer import train_tokenizer
 from mechunlearn.organisms.train import Recipe, Trainer
 from mechunlearn.sources.bundled import load_bundled, load_templates
 
-_SMALL = Recipe(datasets=("people", "sports"), subjects=60, tokens=480_000, facts_share=0.4)
+_SMALL = Recipe(datasets=("people", "sports"), subjects=40, tokens=320_000, facts_share=0.4)
 _OFF = {"drop_share": 0.0, "late_share": 0.0, "first_share": 0.0, "block_share": 0.0, "wait_share": 0.0}
 
 RECIPES: Mapping[str, Recipe] = {
@@ -31,7 +31,7 @@ RECIPES: Mapping[str, Recipe] = {
     "every ingredient from the start": replace(_SMALL, facts_share=0.0),
     "without pointing at options": replace(_SMALL, point_weight=0.0),
 }
-"""Name -> recipe; 60 people with five attributes and 60 athletes, 360 facts."""
+"""Name -> recipe; 40 people with five attributes and 40 athletes, 240 facts."""
 
 
 def sweep(path: Path, *, device: str = "cpu", on_step: Callable[[str, int, int], None]) -> pd.DataFrame:
