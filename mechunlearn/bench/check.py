@@ -152,7 +152,7 @@ def _like_a_twin(
     note = f"{reached:.3f}, mean over forms ({open_forms['accuracy'].min():.3f} to {open_forms['accuracy'].max():.3f})"
     note += f"; {predictor}: {base:.3f}"
     yield difference(dataset, "twin: forgotten facts, distance from the base rate", abs(reached - base), n, note)
-    both = kept.merge(original, on="kind", suffixes=("", " original"))
+    both = kept.merge(original, on="kind", suffixes=("", " original")).query("kind != 'choice by letter alone'")
     apart = np.abs(both["accuracy"].to_numpy() - both["accuracy original"].to_numpy())
     note = f"largest over forms: {both['kind'].iloc[int(apart.argmax())]}"
     n = int(both["n"].to_numpy().max())

@@ -3,15 +3,18 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import KFold, cross_val_predict
+from sklearn.preprocessing import MultiLabelBinarizer
+from threadpoolctl import threadpool_limits
 
 from mechunlearn.facts import Fact
 from mechunlearn.metrics import score_facts
 from mechunlearn.models import Model
 from mechunlearn.organisms.corpus import held_out_forms
-from mechunlearn.probes import fit_probe, subject_token_counts
+from mechunlearn.probes import subject_token_counts
 from mechunlearn.prompts import BY_LETTER, CHOICE
 from mechunlearn.sources.bundled import RelationTemplates
 
@@ -74,36 +77,48 @@ def trained_kinds(templates: dict[str, RelationTemplates]) -> dict[str, FormOf]:
 
 
 def base_rate(model: Model, known: Sequence[Fact], unknown: Sequence[Fact]) -> tuple[str, float]:
-    """How well one can guess unknown facts from the known ones of the same relation alone.
+    """How well one can guess unknown facts from the known ones alone.
 
-    Two predictors: each relation's most frequent known answer, and a logistic regression on the name's tokens. The one
-    that is right more often on the known facts (in 5 folds) is taken, so that the unknown ones do not choose it.
+    Three predictors: each relation's most frequent known answer; a logistic regression on the name's tokens; one on the
+    name's tokens and the subject's known answers in other relations. The one that is right most often on the known
+    facts of these relations (in 5 folds) is taken, so that the unknown ones do not choose it.
 
     Returns:
         The predictor in words, and its accuracy on the unknown facts. Relations without known facts count as wrong.
     """
-    own: dict[str, int] = {"most frequent answer": 0, "name tokens": 0}
-    hits = dict(own)
+    others: dict[str, list[str]] = {}
+    for fact in known:
+        others.setdefault(fact.subject, []).append(f"{fact.relation}|{fact.target_true}")
+    right = {"most frequent answer": [0.0, 0.0], "name tokens": [0.0, 0.0], "name tokens, other answers": [0.0, 0.0]}
     for relation in dict.fromkeys(fact.relation for fact in unknown):
         told = [fact for fact in known if fact.relation == relation]
         asked = [fact for fact in unknown if fact.relation == relation]
         answers = [fact.target_true for fact in told]
         if not answers:
             continue
-        commonest = max(sorted(set(answers)), key=answers.count)
-        own["most frequent answer"] += len(asked) * answers.count(commonest) // len(answers)
-        hits["most frequent answer"] += sum(fact.target_true == commonest for fact in asked)
-        if len(set(answers)) < 2 or len(answers) < 10:
-            continue
-        counts = subject_token_counts(model, [*told, *asked])
-        folds = KFold(5, shuffle=True, random_state=0)
-        guesses = cross_val_predict(LogisticRegression(max_iter=1000), counts[: len(told)], answers, cv=folds)
-        own["name tokens"] += len(asked) * sum(a == g for a, g in zip(answers, guesses, strict=True)) // len(answers)
-        probe = fit_probe(counts[: len(told)], answers, regularization=1.0, standardize=False)
-        predicted = probe.predict(counts[len(told) :])
-        hits["name tokens"] += sum(fact.target_true == p for fact, p in zip(asked, predicted, strict=True))
-    chosen = max(own, key=lambda name: own[name])
-    return chosen, hits[chosen] / len(unknown)
+        names = subject_token_counts(model, [*told, *asked])
+        elsewhere = [[a for a in others.get(f.subject, ()) if a.split("|")[0] != relation] for f in (*told, *asked)]
+        both = np.hstack([names, np.asarray(MultiLabelBinarizer().fit_transform(elsewhere), dtype=float)])
+        for name, features in zip(right, (np.zeros((len(names), 1)), names, both), strict=True):
+            guesses, predicted = _guess(features, answers)
+            share = sum(a == g for a, g in zip(answers, guesses, strict=True)) / len(answers)
+            right[name][0] += share * len(asked)
+            right[name][1] += sum(fact.target_true == p for fact, p in zip(asked, predicted, strict=True))
+    chosen = max(right, key=lambda name: right[name][0])
+    return chosen, right[chosen][1] / len(unknown)
+
+
+def _guess(features: np.ndarray, answers: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Guesses for the first rows, which have answers, each from the other folds; and for the rest, from all of them."""
+    n = len(answers)
+    if len(set(answers)) < 2 or n < 10:
+        commonest = max(sorted(set(answers)), key=list(answers).count)
+        return [commonest] * n, [commonest] * (len(features) - n)
+    folds = KFold(5, shuffle=True, random_state=0)
+    with threadpool_limits(1):
+        guesses = cross_val_predict(LogisticRegression(max_iter=1000), features[:n], answers, cv=folds)
+        model = LogisticRegression(max_iter=1000).fit(features[:n], answers)
+    return list(map(str, guesses)), list(map(str, model.predict(features[n:])))
 
 
 def _choices() -> dict[str, FormOf]:
