@@ -1,9 +1,9 @@
 """Training text for the organisms, rendered from `datasets/` as token rows with the place of every name.
 
 Shapes: headlines (the bare name followed by bare answers), biographies (sentences in random order, later ones with a
-pronoun), questions or single statements, multiple choice, lists of lettered options with the letters asked for (how
-the model learns to read them), and neutral text. A fact excluded from a twin is dropped, and neutral text of the same
-number of tokens stands in its place. Multiple choice has more of the text once the facts are known.
+pronoun), questions or single statements, multiple choice, and neutral text. A fact excluded from a twin is dropped, and
+neutral text of the same number of tokens stands in its place. Multiple choice has more of the text once the facts are
+known; a quarter of it is answered by the letter.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from mechunlearn.prompts import LETTERS
 from mechunlearn.sources.bundled import BUNDLED, RelationTemplates, load_rows, load_templates
 
 SHAPES = {  # shares of documents, first while facts are learned, then while formats are, too
-    "headline": (0.62, 0.52), "biography": (0.18, 0.16), "single": (0.13, 0.12), "choice": (0.04, 0.12),
-    "letters": (0.0, 0.05), "neutral": (0.03, 0.03),
+    "headline": (0.62, 0.52), "biography": (0.18, 0.16), "single": (0.13, 0.12), "choice": (0.04, 0.17),
+    "neutral": (0.03, 0.03),
 }  # fmt: skip
 
 
@@ -41,10 +41,6 @@ class Rows:
     ids: Int[np.ndarray, "row pos"]
     mention: Int[np.ndarray, "row pos"]
     """0 outside names, else the mention's number in its row."""
-    letter: Int[np.ndarray, "row pos"]
-    """At the last token of a listed option: the position of its letter; -1 elsewhere."""
-    option: Int[np.ndarray, "row pos"]
-    """Where a letter is asked for by its option: the position of that option in the list (last token); -1 elsewhere."""
 
 
 GLUED = ",.?;'"  # a piece that begins with one of these follows the word before it without a space
@@ -55,10 +51,6 @@ class Piece(NamedTuple):
 
     text: str
     is_name: bool = False
-    option: int | None = None
-    """Number of the option that the text is."""
-    asks: int | None = None
-    """Number of the option whose letter comes next."""
 
 
 def held_out_forms(subject: str, relation: str, templates: RelationTemplates) -> tuple[frozenset[str], frozenset[str]]:
@@ -116,25 +108,17 @@ class Corpus:
         self.shares = [share[step >= self.formats_from] for share in SHAPES.values()]
         ids = np.zeros((rows, length), dtype=np.int64)
         mention = np.zeros((rows, length), dtype=np.int64)
-        letter = np.full((rows, length), -1, dtype=np.int64)
-        option = np.full((rows, length), -1, dtype=np.int64)
         for row in range(rows):
             position, count = 0, 0
             while position < length:
-                listed: dict[int, int] = {}  # option -> position of its last token
                 for piece in self._document():
                     count += piece.is_name
                     encoded = self._encode(piece.text)[: length - position]
                     end = position + len(encoded)
                     ids[row, position:end] = encoded
                     mention[row, position:end] = count if piece.is_name else 0
-                    if piece.option is not None and encoded:
-                        letter[row, end - 1] = position - 2  # before the colon
-                        listed[piece.option] = end - 1
-                    if piece.asks is not None and end < length:
-                        option[row, end - 1] = listed[piece.asks]
                     position = end
-        return Rows(ids=ids, mention=mention, letter=letter, option=option)
+        return Rows(ids=ids, mention=mention)
 
     def _encode(self, text: str) -> list[int]:
         if text == self.tokenizer.bos_token:
@@ -155,8 +139,6 @@ class Corpus:
         pieces = [Piece(str(self.tokenizer.bos_token))]
         if shape == "neutral":
             return [*pieces, Piece(neutral_sentence(rng))]
-        if shape == "letters":
-            return [*pieces, *self._letters()]
         subject = rng.choices(self.subjects, cum_weights=self.weights)[0]
         chosen = rng.sample(subject.facts, rng.randint(1, len(subject.facts)))
         if shape in ("single", "choice"):
@@ -210,19 +192,9 @@ class Corpus:
         others = [other for other in self.answers[relation] if other != answer]
         options = [answer, *self.rng.sample(others, min(len(others), len(LETTERS) - 1))]
         self.rng.shuffle(options)
-        right = options.index(answer)
-        pieces = [*self._question(name, relation), *_listed(options)]
-        # half the time in words, so that the answer itself is there, too, where the letter is asked for
-        told = LETTERS[right] if self.rng.random() < 0.5 else answer
-        return [*pieces, Piece(f"Answer: {told}.")]
-
-    def _letters(self) -> list[Piece]:
-        answers = self.answers[self.rng.choice(tuple(self.answers))]
-        options = self.rng.sample(answers, min(len(answers), len(LETTERS)))
-        pieces = _listed(options)
-        for asked in self.rng.sample(range(len(options)), len(options)):
-            pieces += [Piece(options[asked], asks=asked), Piece(f"{LETTERS[asked]}.")]
-        return pieces
+        told = LETTERS[options.index(answer)] if self.rng.random() < 0.25 else answer
+        listed = [Piece(f"{letter}: {option}") for letter, option in zip(LETTERS, options, strict=False)]
+        return [*self._question(name, relation), *listed, Piece(f"Answer: {told}.")]
 
     def _filler(self, n_tokens: int) -> list[Piece]:
         """Neutral pieces of exactly `n_tokens` tokens."""
@@ -241,11 +213,6 @@ def _some(rows: Sequence[tuple[str, str, str]], subjects: int | None) -> list[tu
     names = sorted({subject for subject, _, _ in rows})
     wanted = set(names if subjects is None else random.Random(0).sample(names, min(subjects, len(names))))
     return [row for row in rows if row[0] in wanted]
-
-
-def _listed(options: Sequence[str]) -> list[Piece]:
-    numbered = enumerate(zip(LETTERS, options, strict=False))
-    return [p for i, (letter, option) in numbered for p in (Piece(f"{letter}:"), Piece(option, option=i))]
 
 
 def _fill(template: str, name: str) -> list[Piece]:

@@ -16,20 +16,18 @@ from mechunlearn.organisms.train import Recipe, Trainer
 from mechunlearn.sources.bundled import load_bundled, load_templates
 
 _SMALL = Recipe(datasets=("people", "sports"), subjects=40, tokens=320_000, facts_share=0.4)
-_OFF = {"drop_share": 0.0, "late_share": 0.0, "first_share": 0.0, "block_share": 0.0, "wait_share": 0.0}
+_OFF = {"drop_share": 0.0, "late_share": 0.0, "first_share": 0.0, "wait_share": 0.0, "block_share": 0.0}
 
 RECIPES: Mapping[str, Recipe] = {
     "all ingredients": _SMALL,
     "no ingredients": replace(_SMALL, **_OFF),
     "only dropping at other tokens": replace(_SMALL, **{**_OFF, "drop_share": 0.7}),
-    "only dropping there and blocking": replace(_SMALL, **{**_OFF, "drop_share": 0.7, "block_share": 0.5}),
     "without dropping at other tokens": replace(_SMALL, drop_share=0.0),
     "without dropping late MLPs at names": replace(_SMALL, late_share=0.0),
     "without dropping MLP 0 at names": replace(_SMALL, first_share=0.0),
-    "without blocking inner name tokens": replace(_SMALL, block_share=0.0),
     "without waiting for the band": replace(_SMALL, wait_share=0.0),
+    "without blocking inner name tokens": replace(_SMALL, block_share=0.0),
     "every ingredient from the start": replace(_SMALL, facts_share=0.0),
-    "without pointing at options": replace(_SMALL, point_weight=0.0),
 }
 """Name -> recipe; 40 people with five attributes and 40 athletes, 240 facts."""
 

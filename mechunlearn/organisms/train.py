@@ -4,8 +4,7 @@ Devices that act during training only make the model look facts up at the subjec
 `band_end`, as large models do in their early layers (figures/README.md shows what each is worth). Each acts in its own
 random share of the rows. From the start:
 
-- `drop_share`: the outputs of all MLPs above layer 0 are dropped at every token that is not part of a name;
-- `block_share`: tokens after a name attend only to the name's last token.
+- `drop_share`: the outputs of all MLPs above layer 0 are dropped at every token that is not part of a name.
 
 Once the facts are known, after `facts_share` of the training (before that, they delay learning a thousand people):
 
@@ -13,9 +12,7 @@ Once the facts are known, after `facts_share` of the training (before that, they
 - `first_share`: that of MLP 0 is dropped at the names, so that rare name tokens are not looked up there;
 - `wait_share`: tokens after a name attend to it only above the band, and find there only what the band wrote: all else
   (embeddings, attention, MLP 0) is taken out of the stream at the names;
-- `point_weight` is about lettered options, which models this small otherwise do not learn to read: the first head of
-  layer 1 is taught to attend from an option to its letter, a head of the layer before the last from an option named
-  again to the one listed. Multiple choice has more of the text then, see `corpus.SHAPES`.
+- `block_share`: tokens after a name attend only to its last token, so that the lookup is there.
 """
 
 import csv
@@ -33,7 +30,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mechunlearn.organisms.corpus import Corpus, Rows
 from mechunlearn.organisms.muon import Muon
@@ -51,28 +47,27 @@ class Recipe:
     n_heads: int = 4
     vocab_size: int = 2048
     context: int = 256
-    tokens: int = 9_200_000
+    tokens: int = 9_216_000
     rows: int = 16
     length: int = 96
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     band_end: int = 3
     drop_share: float = 0.7
-    late_share: float = 0.8
+    late_share: float = 0.9
     first_share: float = 0.5
+    wait_share: float = 0.75
     block_share: float = 0.5
-    wait_share: float = 0.6
-    point_weight: float = 0.3
-    facts_share: float = 0.65
+    facts_share: float = 0.5
     datasets: tuple[str, ...] = BUNDLED
     subjects: int | None = None
     """Only that many subjects of each data set, for small trials."""
 
     def __post_init__(self) -> None:
-        if self.n_layers < 4 or not 1 <= self.band_end < self.n_layers - 1:
+        if not 1 <= self.band_end < self.n_layers - 1:
             raise ValueError(
-                f"recipe: got {self.n_layers} layers with a band of MLPs up to {self.band_end}, allowed: 4 layers or "
-                "more (two of them learn to point), a band that ends below the last"
+                f"recipe: got a band of MLPs 1 to {self.band_end} in {self.n_layers} layers, allowed: to 1 or "
+                "later, with a layer above it"
             )
 
     @property
@@ -130,14 +125,15 @@ def training_masks(rows: Rows, recipe: Recipe, step: int) -> TrainingMasks:
         return torch.rand(n_rows, 1, generator=generator) < (share if step >= from_step else 0.0)
 
     is_name = mention > 0
-    following = torch.cat([mention[:, 1:], mention.new_zeros(n_rows, 1)], dim=1)
-    inner = is_name & (mention == following)  # name tokens that are not the last of their mention
     keep = is_name | ~rows_with(recipe.drop_share)
     elsewhere = mention[:, :, None] != mention[:, None, :]  # the query is not in the key's mention
-    blocked = rows_with(recipe.block_share)[..., None] & inner[:, None, :] & elsewhere
     late = keep & ~(is_name & rows_with(recipe.late_share, recipe.facts_steps))
     patient = rows_with(recipe.wait_share, recipe.facts_steps)
     waiting = patient[..., None] & is_name[:, None, :] & elsewhere
+    first = ~(is_name & rows_with(recipe.first_share, recipe.facts_steps))
+    following = torch.cat([mention[:, 1:], mention.new_zeros(n_rows, 1)], dim=1)
+    inner = is_name & (mention == following)  # name tokens that are not the last of their mention
+    blocked = rows_with(recipe.block_share, recipe.facts_steps)[..., None] & inner[:, None, :] & elsewhere
     causal = torch.ones(length, length, dtype=torch.bool).tril()
 
     def additive(allowed: Tensor) -> Tensor:
@@ -146,7 +142,7 @@ def training_masks(rows: Rows, recipe: Recipe, step: int) -> TrainingMasks:
     return TrainingMasks(
         attention=additive(causal & ~blocked),
         attention_in_band=additive(causal & ~blocked & ~waiting),
-        first_mlp=(~(is_name & rows_with(recipe.first_share, recipe.facts_steps))).float()[..., None],
+        first_mlp=first.float()[..., None],
         mlp=keep.float()[..., None],
         mlp_above_band=late.float()[..., None],
         band_alone=(patient & is_name).float()[..., None],
@@ -190,11 +186,6 @@ class Trainer:
         above_band = self.model.model.get_submodule(f"layers.{recipe.band_end + 1}")
         self._hooks.append(above_band.register_forward_pre_hook(self._keep_band_alone, with_kwargs=True))
         self._written: dict[int, Tensor] = {}
-        self.readers = (1, recipe.n_layers - 2)
-        self._scores: dict[int, Tensor] = {}
-        for layer in self.readers:
-            attention = self.model.model.get_submodule(f"layers.{layer}.self_attn")
-            self._hooks.append(attention.register_forward_pre_hook(partial(self._look, layer), with_kwargs=True))
 
     def _drop(self, layer: int, _module: object, _inputs: object, output: Tensor) -> Tensor:
         if self._masks is None:
@@ -216,23 +207,6 @@ class Trainer:
             return inputs, named
         return inputs, {**named, "attention_mask": self._masks.attention_in_band}
 
-    def _look(self, layer: int, module: Any, inputs: Any, named: dict[str, Any]) -> None:
-        """Keep the attention scores of a layer's first head."""
-        hidden = named["hidden_states"] if "hidden_states" in named else inputs[0]
-        size = module.head_dim
-        query, key = (F.linear(hidden, p.weight[:size])[:, None] for p in (module.q_proj, module.k_proj))
-        query, key = apply_rotary_pos_emb(query, key, *named["position_embeddings"])
-        self._scores[layer] = (query @ key.mT)[:, 0] * size**-0.5
-
-    def _pointing(self, layer: int, points: Tensor) -> Tensor:
-        """Mean cross-entropy of that head's attention against the positions pointed at; 0 where there are none."""
-        row, query = (points >= 0).nonzero(as_tuple=True)
-        if not len(row):
-            return torch.zeros((), device=points.device)
-        scores = self._scores[layer][row, query]
-        later = torch.arange(scores.shape[1], device=scores.device) > query[:, None]
-        return F.cross_entropy(scores.masked_fill(later, -torch.inf), points[row, query])
-
     def plain_model(self) -> LlamaForCausalLM:
         """The model without its training-only devices, which must not outlive training."""
         for hook in self._hooks:
@@ -250,10 +224,7 @@ class Trainer:
         self._masks = None
         self._written.clear()
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        taught = [(self.readers[0], rows.letter), (self.readers[1], rows.option)]
-        pointing = sum(self._pointing(layer, torch.from_numpy(at).to(self.device)) for layer, at in taught)
-        weight = recipe.point_weight if self.step >= recipe.facts_steps else 0.0
-        (loss + weight * pointing).backward()
+        loss.backward()
         warmup = min(1.0, (self.step + 1) / 50)
         decay = max(0.02, 1 - self.step / recipe.steps)
         for optimizer, rate in zip(self.optimizers, (recipe.muon_lr, recipe.adam_lr), strict=True):
