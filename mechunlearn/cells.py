@@ -18,13 +18,14 @@ from mechunlearn.components import Component
 from mechunlearn.edit import EDITORS
 from mechunlearn.edit.edits import WeightEdit, applied
 from mechunlearn.evaluate import Evaluation, evaluate, take_baseline
+from mechunlearn.evidence import AttackEvidence, PositiveControl, gather_evidence
 from mechunlearn.facts import FactSplit
 from mechunlearn.masks import mask_of, n_localizable
 from mechunlearn.metrics import score_facts
 from mechunlearn.models import Model, component_parameters
 from mechunlearn.runs import Cell, CellRole
 from mechunlearn.settings import Settings
-from mechunlearn.verdict import AttackEvidence, PositiveControl, decide, demonstrate_power, gather_evidence
+from mechunlearn.verdict import decide, demonstrate_power
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ import torch
 from mechunlearn.cells import CellTask, Judged, conclude, demonstrated, judge, warm_up
 from mechunlearn.checkpoints import load_model
 from mechunlearn.components import Component, ComponentScores
+from mechunlearn.evidence import PositiveControl
 from mechunlearn.facts import Fact, FactSet, FactSplit, balanced_sample, split_facts, with_edit_targets
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.agreement import agreement
@@ -32,7 +33,6 @@ from mechunlearn.runs import Cell, Run, whole_folder
 from mechunlearn.settings import ArmSettings, FactsSettings, Settings
 from mechunlearn.sources.loading import load_facts
 from mechunlearn.statistics import chance_sd, facts_needed
-from mechunlearn.verdict import PositiveControl
 
 Progress = Callable[[str, float, float], None]
 EXACT = "resample_ablation"

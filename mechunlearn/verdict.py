@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mechunlearn.evidence import AttackEvidence, PositiveControl
 from mechunlearn.statistics import (
     bootstrap_means,
     bootstrap_weights,
@@ -22,49 +23,6 @@ from mechunlearn.statistics import (
 
 Label = Literal["removed", "hidden", "inconclusive", "invalid"]
 SMALLEST_DENOMINATOR = 0.05  # below this the original hardly knew the facts, and a share of it is noise
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttackEvidence:
-    """One attack's P(true | candidates) on the hidden facts, one entry a (seed, fact) row."""
-
-    name: str
-    facts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    edited: tuple[float, ...]
-    """After the edit and the attack (u)."""
-    null: tuple[float, ...]
-    """The equally edited and attacked twin (n), row by row; for a proxy null, all the fabricated facts."""
-    zero_budget: bool = False
-    """Just asking. Its positive control is the original itself, so it may always decide `hidden`."""
-    decides: bool = True
-    """False for what only diagnoses: anything that runs or mixes in the original's weights."""
-    healthy: bool = True
-    health: str = ""
-    """What failed, in words, if anything did."""
-
-    def __post_init__(self) -> None:
-        if not self.edited or not len(self.edited) == len(self.facts) == len(self.seeds):
-            raise ValueError(
-                f"attack '{self.name}': got {len(self.edited)} scores for {len(self.facts)} facts; no data, no verdict"
-            )
-        if not self.null:
-            raise ValueError(
-                f"attack '{self.name}': no scores of the twin (or of fabricated facts); no null, no verdict"
-            )
-        for value in (*self.edited, *self.null):
-            if not 0.0 <= value <= 1.0:  # NaN fails this as well
-                raise ValueError(f"attack '{self.name}': got P(true) = {value}, allowed: [0, 1]")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PositiveControl:
-    """One kind of suppressed model (knowledge hidden on purpose) and the attacks that got it back."""
-
-    kind: str
-    recovered_by: tuple[str, ...]
-    accepted: bool = True
-    """False: the model was not properly suppressed, so recovering it shows nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,48 +165,6 @@ def demonstrate_power(
     rows = _rows(evidence, denominator, (), null, draws, seed)
     recovered = tuple(row.name for row in rows if row.healthy and row.lower > delta) if accepted else ()
     return PositiveControl(kind=kind, recovered_by=recovered, accepted=accepted)
-
-
-def gather_evidence(edited: Sequence[Any], twin: Sequence[Any], *, paired: bool = True) -> AttackEvidence:
-    """Join the results of one attack on the edited model and on its twin, one pair a seed (or fold).
-
-    Args:
-        edited: `AttackResult`s of one attack on the edited model, one a seed.
-        twin: the same attack on the equally edited twin, in the same order.
-        paired: False when `twin` was scored on fabricated facts (a proxy null).
-
-    Raises:
-        ValueError: no results, results of different attacks, or of different facts when paired.
-    """
-    if not edited or len(edited) != len(twin):
-        raise ValueError(
-            f"verdict: got {len(edited)} results of the edited model and {len(twin)} of the twin; give pairs"
-        )
-    if len({result.attack for result in (*edited, *twin)}) > 1:
-        raise ValueError("verdict: got results of different attacks; gather each attack on its own")
-    facts: list[str] = []
-    seeds: list[int] = []
-    scores: list[float] = []
-    nulls: list[float] = []
-    for u, n in zip(edited, twin, strict=True):
-        mine, other = u.hidden_scores(), n.hidden_scores()
-        if paired and set(mine) != set(other):
-            raise ValueError(f"verdict: attack '{u.attack}' scored other facts on the twin; give both the same split")
-        facts += list(mine)
-        seeds += [u.seed] * len(mine)
-        scores += list(mine.values())
-        nulls += [other[key] for key in mine] if paired else list(other.values())
-    failed = [
-        f"{who}: {r.health.reason}"
-        for who, rs in (("edited", edited), ("twin", twin))
-        for r in rs
-        if not r.health.healthy
-    ]
-    first = edited[0]
-    return AttackEvidence(
-        name=first.attack, facts=tuple(facts), seeds=tuple(seeds), edited=tuple(scores), null=tuple(nulls),
-        zero_budget=first.zero_budget, decides=first.decides, healthy=not failed, health="; ".join(failed),
-    )  # fmt: skip
 
 
 def _check(evidence: Sequence[AttackEvidence], original: float, null_before: float, delta: float, null: str) -> None:

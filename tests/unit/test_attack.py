@@ -10,11 +10,12 @@ from mechunlearn.bench.suppressed import suppress_with_lora
 from mechunlearn.edit.edits import applied
 from mechunlearn.edit.losses import Term, answer_loss, batches, fact_tokens, weighted_sum
 from mechunlearn.edit.training import masked_trainable, train
+from mechunlearn.evidence import gather_evidence
 from mechunlearn.facts import FactSplit, with_edit_targets
 from mechunlearn.masks import mask_of
 from mechunlearn.metrics import score_facts
 from mechunlearn.models import all_components
-from mechunlearn.verdict import decide, gather_evidence
+from mechunlearn.verdict import decide
 
 QUICK = {
     "asking": {},

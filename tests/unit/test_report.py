@@ -18,11 +18,12 @@ from mechunlearn.attack.results import COLUMNS, AttackResult, Health
 from mechunlearn.components import ROLES, Component, ComponentScores
 from mechunlearn.evaluate.results import COLUMNS as EVALUATED
 from mechunlearn.evaluate.results import Evaluation
+from mechunlearn.evidence import gather_evidence
 from mechunlearn.report import figures, tables, theme
 from mechunlearn.report.html import render, write_report
 from mechunlearn.runs import Cell, Run
 from mechunlearn.statistics import Interval
-from mechunlearn.verdict import decide, demonstrate_power, gather_evidence
+from mechunlearn.verdict import decide, demonstrate_power
 
 HOSTILE = "<script>alert(1)</script>"
 N_LAYERS, N_FACTS, CHANCE = 6, 48, 0.05

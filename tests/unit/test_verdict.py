@@ -3,7 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mechunlearn.verdict import AttackEvidence, PositiveControl, Verdict, decide, demonstrate_power
+from mechunlearn.evidence import AttackEvidence, PositiveControl
+from mechunlearn.verdict import Verdict, decide, demonstrate_power
 
 ORIGINAL, NULL = 0.9, 0.1
 N = 256
