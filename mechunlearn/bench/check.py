@@ -19,7 +19,7 @@ from mechunlearn.organisms.forget_sets import never_known
 FEW = 20  # answers; attributes with at most so many must be readable by a linear probe
 WORST_OF = 20  # facts that a relation needs to be named as the worst
 FORGOTTEN, KEPT = "forgotten by the twins", "kept"
-INTERVENTIONS = ("band", "earlier", "later", "band at the last token")
+INTERVENTIONS = ("band", "earlier", "later", "band at the last token", "MLP 0 beside the band")
 UP_TO, AFTER = "(d) cost of blocking attention to the subject up to the band", "(d) cost of blocking it after the band"
 DONOR = {"few": "(c) donor's answer, few answers", "many": "(c) donor's answer, many answers"}
 READABLE = {
@@ -36,7 +36,8 @@ class Check:
 
     name: str
     criteria: pd.DataFrame
-    """dataset, criterion, measured, lower, upper (95 %, exact; NaN for differences), n, needs, outcome, note."""
+    """dataset, criterion, measured, lower, upper, n, needs, outcome, note; the 95 % interval is exact for independent
+    facts, NaN for differences."""
     knowledge: pd.DataFrame
     readable: pd.DataFrame
     mechanisms: Mapping[str, Mechanism]
@@ -127,10 +128,10 @@ def check_model(
 
 
 def _sample(facts: Sequence[Fact], most: int, seed: int) -> Iterator[Fact]:
-    """At most so many facts of each relation."""
+    """At most so many facts of each relation, of other subjects each."""
     for relation in dict.fromkeys(fact.relation for fact in facts):
         members = [fact for fact in facts if fact.relation == relation]
-        yield from random.Random(seed).sample(members, min(len(members), most))
+        yield from random.Random(f"{seed}|{relation}").sample(members, min(len(members), most))
 
 
 def _knows(group: Subjects, table: pd.DataFrame) -> Iterator[Row]:
@@ -160,28 +161,25 @@ def _like_a_twin(
 
 
 def _readable(dataset: str, curves: pd.DataFrame, n_layers: int, *, with_twin: bool) -> Iterator[Row]:
-    """Largest mean (over facts) of accuracy above the baseline up to two thirds of the depth.
+    """Mean (over facts) of accuracy above the baseline at two thirds of the depth; the layer is not chosen by the data.
 
     The first criterion is about attributes with few answers; the one on facts unknown to the twin about all.
     """
-    early = curves.loc[curves["layer"] <= 2 * n_layers // 3]
+    layer = 2 * n_layers // 3
+    there = curves.loc[curves["layer"] == layer]
     for part, criterion in READABLE.items():
         if part != "all" and not with_twin:
             continue
-        rows = early.loc[(early["part"] == part) & ((early["answers"] <= FEW) | (part != "all"))]
+        rows = there.loc[(there["part"] == part) & ((there["answers"] <= FEW) | (part != "all"))]
         if rows.empty:
             reason = "no attribute with few answers, each of 5 subjects or more" if part == "all" else "no such facts"
             yield missing(dataset, criterion, reason)
             continue
         rows = rows.assign(above=rows["accuracy"] - rows["baseline"])
-        rows = rows.assign(weighted=rows["above"] * rows["n"])
-        by_layer = rows.groupby("layer", as_index=False).agg({"weighted": "sum", "n": "sum"})
-        means = by_layer["weighted"] / by_layer["n"]
-        best = by_layer.loc[means.idxmax()]
-        at = rows.loc[rows["layer"] == best["layer"]]
-        lowest = at.loc[at["above"].idxmin()]
-        note = f"after {int(best['layer'])} blocks; lowest: {lowest['relation']} {lowest['above']:.2f}"
-        yield difference(dataset, criterion, float(means.max()), int(best["n"]), note)
+        lowest = rows.loc[rows["above"].idxmin()]
+        note = f"after {layer} blocks; lowest: {lowest['relation']} {lowest['above']:.2f}"
+        mean = float(np.average(rows["above"].to_numpy(), weights=rows["n"].to_numpy()))
+        yield difference(dataset, criterion, mean, int(rows["n"].sum()), note)
 
 
 def _looks_up(group: Subjects, mechanism: Mechanism) -> Iterator[Row]:

@@ -23,6 +23,7 @@ NEEDS = {
     "(b) cost of ablating earlier": ("<=", 0.15),
     "(b) cost of ablating later": ("<=", 0.15),
     "(b) cost of ablating band at the last token": ("<=", 0.15),
+    "(b) cost of ablating MLP 0 beside the band": ("aim below", 0.15),
     "(c) donor's answer, few answers": (">=", 0.60),
     "(c) donor's answer, many answers": ("aim", 0.80),
     "(d) cost of blocking attention to the subject up to the band": ("<=", 0.15),
@@ -32,6 +33,7 @@ NEEDS = {
 }
 """Criterion -> what it needs; an aim is reported, not demanded. Costs are shares of the facts that were right."""
 
+_SIGNS = {"aim": "aim at", "aim below": "aim at <="}
 HOLDS, FAILS, MISSED, NOT_MEASURED = "holds", "fails", "aim missed", "not measured"
 
 
@@ -57,8 +59,8 @@ def _row(
     dataset: str, criterion: str, measured: float, lower: float, upper: float, n: int, note: str
 ) -> dict[str, Any]:
     sign, bound = NEEDS[criterion]
-    reached = measured <= bound if sign == "<=" else measured >= bound
-    outcome = HOLDS if reached else MISSED if sign == "aim" else FAILS
+    reached = measured <= bound if sign in ("<=", "aim below") else measured >= bound
+    outcome = HOLDS if reached else MISSED if sign.startswith("aim") else FAILS
     return {
         "dataset": dataset,
         "criterion": criterion,
@@ -66,7 +68,7 @@ def _row(
         "lower": round(lower, 4),
         "upper": round(upper, 4),
         "n": n,
-        "needs": f"{'aim at' if sign == 'aim' else sign} {bound:.2f}",
+        "needs": f"{_SIGNS.get(sign, sign)} {bound:.2f}",
         "outcome": NOT_MEASURED if np.isnan(measured) else outcome,
         "note": note,
     }

@@ -30,8 +30,7 @@ class Mechanism:
     choice: pd.DataFrame
     """The half that chose: first, last, role, clean, correct, donor as shares."""
     ablations: pd.DataFrame
-    """intervention ("band", "earlier", "later", "band at the last token"), fact, relation, and the columns of
-    `resample_ablation.ablate_bands`."""
+    """intervention (the names of `neighbours`), fact, relation, and the columns of `resample_ablation.ablate_bands`."""
     knockouts: pd.DataFrame
     """Attention from the last token to the subject blocked in layers first..last: fact, relation, correct."""
 
@@ -76,7 +75,9 @@ def measure_mechanism(model: Model, facts: Sequence[Fact], *, batch_size: int = 
     choosing, measuring = known[::2], known[1::2]
     options = {"batch_size": batch_size, "seed": seed}
     bands = _candidates(model.n_layers)
-    beside = [b for band in bands for b in neighbours(band, model.n_layers).values() if b.role == "subject"]
+    beside = [
+        b for band in bands for b in neighbours(band, model.n_layers).values() if b.role == "subject" and not b.held
+    ]
     choice = ablate_bands(model, choosing, list(dict.fromkeys((*bands, *beside))), **options)
     kinds = dict.fromkeys(("clean", "correct", "donor"), "mean")
     shares = choice.groupby(["first", "last", "role"], as_index=False).agg(kinds)
@@ -107,10 +108,12 @@ def measure_mechanism(model: Model, facts: Sequence[Fact], *, batch_size: int = 
 def neighbours(band: Band, n_layers: int) -> dict[str, Band]:
     """The band, as many MLPs right before it (from layer 1) and right after it, and the band at the last token.
 
-    Where fewer MLPs are left on a side, all that are; a side without any is missing.
+    Where fewer MLPs are left on a side, all that are; a side without any is missing. Beside the band stands MLP 0, with
+    what the band writes held: it carries the name's tokens to the band, and this is what it does by other ways.
     """
     size = len(band.layers)
     listed = {"band": band, "band at the last token": replace(band, role="last")}
+    listed["MLP 0 beside the band"] = Band(first=0, last=0, held=band.layers)
     if band.first > 1:
         listed["earlier"] = Band(first=max(1, band.first - size), last=band.first - 1)
     if band.last < n_layers - 1:

@@ -93,6 +93,8 @@ class Band:
     first: int
     last: int
     role: AblationRole = "subject"
+    held: tuple[int, ...] = ()
+    """Layers whose MLPs write what they write on the clean run, at every token, whatever reaches them."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -121,20 +123,25 @@ def ablate_bands(
         ValueError: no or unknown layers, or a fact that cannot be paired.
     """
     for band in bands:
-        if not 0 <= band.first <= band.last < model.n_layers or band.role not in _TOKENS:
+        layers = (*band.held, band.first, band.last)
+        inside = all(0 <= layer < model.n_layers for layer in layers) and not set(band.held) & set(band.layers)
+        if not inside or band.first > band.last or band.role not in _TOKENS:
             raise ValueError(
                 f"ablate_bands: got layers {band.first} to {band.last} at {band.role!r}, allowed: "
-                f"within 0 to {model.n_layers - 1}, first to last, at {', '.join(_TOKENS)}"
+                f"within 0 to {model.n_layers - 1}, first to last, at {', '.join(_TOKENS)}, none of them held"
             )
     rows: list[tuple[int, int, int, str, bool, bool, bool, bool]] = []
     places: list[Place] = [("mlp", layer) for layer in sorted({layer for band in bands for layer in band.layers})]
+    held: list[Place] = [("mlp", layer) for layer in sorted({layer for band in bands for layer in band.held})]
     with untouched(model), torch.no_grad():
         for batch in batches(model, build_pairs(model, facts, pairs_per_fact=pairs_per_fact, seed=seed), batch_size):
-            clean = (batch.chosen(last_logits(model, batch.clean)) == batch.answer).tolist()
+            with hooked(model, record=held) as own:
+                clean = (batch.chosen(last_logits(model, batch.clean)) == batch.answer).tolist()
             donors = record_donor(model, batch, places)
             for band in bands:
                 changed = {place: donors[place] for place in places if place[1] in band.layers}
-                chosen = batch.chosen(ablated_logits(model, batch, changed, band.role))
+                kept = {place: own[place] for place in held if place[1] in band.held}
+                chosen = batch.chosen(ablated_logits(model, batch, changed, band.role, kept))
                 correct, donor = (chosen == batch.answer).tolist(), (chosen == batch.counterfactual).tolist()
                 rows += [
                     (pair.fact, band.first, band.last, band.role, pair.donor is not None, *outcome)
@@ -154,14 +161,22 @@ def record_donor(
 
 
 def ablated_logits(
-    model: Model, batch: PairBatch, donors: Mapping[Place, Tensor], role: AblationRole
+    model: Model,
+    batch: PairBatch,
+    donors: Mapping[Place, Tensor],
+    role: AblationRole,
+    kept: Mapping[Place, Tensor] | None = None,
 ) -> Float[Tensor, "batch d_vocab"]:
-    """Logits of the clean run in which the places write what they write on the donor's run."""
+    """Logits of the clean run in which the places write what they write on the donor's run; `kept` stays as given."""
 
     def replacement(donor: Tensor) -> Change:
         return lambda value: batch.put(value, donor, _TOKENS[role])
 
-    with hooked(model, change={place: replacement(donor) for place, donor in donors.items()}):
+    def held(own: Tensor) -> Change:
+        return lambda value: own
+
+    changes = {place: replacement(donor) for place, donor in donors.items()}
+    with hooked(model, change=changes | {place: held(own) for place, own in (kept or {}).items()}):
         return last_logits(model, batch.clean)
 
 

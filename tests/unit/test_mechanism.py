@@ -99,6 +99,10 @@ def test_neighbours_are_of_the_same_size_leave_layer_0_out_and_do_not_overlap() 
         size = last - first + 1
         assert found["band"].layers == found["band at the last token"].layers
         assert found["band at the last token"].role == "last"
+        assert (found["MLP 0 beside the band"].layers, found["MLP 0 beside the band"].held) == (
+            (0,),
+            found["band"].layers,
+        )
         for name in {"earlier", "later"} & set(found):
             beside = found[name].layers
             assert 0 not in beside
@@ -120,6 +124,17 @@ def test_a_band_with_a_costly_neighbour_however_short_is_not_chosen(n_layers: in
     assert best.first == 1
 
 
+def test_mlp_0_acts_through_the_band_that_looks_facts_up(atlas: Model, people: tuple[Fact, ...]) -> None:
+    freely, beside = (
+        ablate_bands(atlas, people[:60], [Band(first=0, last=0, held=held)])["correct"].mean()
+        for held in ((), (1, 2, 3))
+    )
+    assert freely < 0.6
+    assert beside > 0.85
+    with pytest.raises(ValueError, match="none of them held"):
+        ablate_bands(atlas, people[:4], [Band(first=0, last=1, held=(1,))])
+
+
 def test_a_prompt_is_usable_if_the_subject_comes_before_the_relation() -> None:
     fact = Fact(
         subject="Ann",
@@ -138,6 +153,7 @@ def test_atlas_looks_its_facts_up_in_a_band_at_the_subject(atlas: Model, people:
     found = measure_mechanism(atlas, people)
     share = found.ablations.groupby("intervention")[["clean", "correct", "donor"]].mean()
     assert found.band.first >= 1
+    assert share.loc["MLP 0 beside the band", "correct"] > 0.85
     assert share.loc["band", "correct"] < 0.3 < 0.6 < share.loc["band", "donor"]
     assert share.loc["later", "correct"] > 0.8
     assert share.loc["band at the last token", "correct"] > 0.9
