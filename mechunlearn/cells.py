@@ -1,6 +1,7 @@
 """Judging one model state: edit it and its twin alike, evaluate, attack both alike; then decide."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from mechunlearn.facts import FactSplit
 from mechunlearn.masks import mask_of, n_localizable
 from mechunlearn.metrics import score_facts
 from mechunlearn.models import Model, component_parameters
+from mechunlearn.prompts import candidates
 from mechunlearn.runs import Cell, CellRole
 from mechunlearn.settings import Settings
 from mechunlearn.verdict import decide, demonstrate_power
@@ -59,8 +61,9 @@ class Judged:
     original: float
     """Mean P(true | candidates) on the hidden facts before attacks, of the original (A_o) ..."""
     null_before: float
-    """... and of the twin (A_n), or chance without one."""
-    chance: float
+    """... and of the twin (A_n), or of guessing without one."""
+    guessing: tuple[float, ...]
+    """Hidden fact by hidden fact, what guessing the relation's commonest answer gets."""
     acceptance: Acceptance | None = None
     n_selected: int = 0
     share: float = 0.0
@@ -96,7 +99,8 @@ def judge(task: CellTask, split: FactSplit, settings: Settings) -> Judged:
     drop = task.role == "arm"  # the suppressed model must be at chance among all candidates
     baseline = take_baseline(original, split)
     before = _mean_p_true(original, split, drop)
-    null_before = _mean_p_true(twin, split, drop) if twin else _chance(split)
+    guessing = _guessing(split, drop)
+    null_before = _mean_p_true(twin, split, drop) if twin else sum(guessing) / len(guessing)
     with ExitStack() as stack:
         if edit is not None:
             stack.enter_context(applied(model, edit))
@@ -113,7 +117,7 @@ def judge(task: CellTask, split: FactSplit, settings: Settings) -> Judged:
             null = _attacks(twin, split, settings, drop)
     return Judged(
         task=task, evaluation=evaluation, edited=edited, null=null, original=before, null_before=null_before,
-        chance=_chance(split), acceptance=acceptance, n_selected=edit.mask.n_selected if edit else 0,
+        guessing=guessing, acceptance=acceptance, n_selected=edit.mask.n_selected if edit else 0,
         share=edit.mask.n_selected / n_localizable(model) if edit else 0.0,
         weight_changes=_weight_changes(model, edit) if edit else None,
         notes={"seconds": round(time.monotonic() - started, 1)},
@@ -180,7 +184,7 @@ def _evidence(judged: Judged) -> list[AttackEvidence]:
         evidence.append(
             AttackEvidence(
                 name=u.attack, facts=tuple(scores), seeds=(u.seed,) * len(scores), edited=tuple(scores.values()),
-                null=(judged.chance,) * len(scores), zero_budget=u.zero_budget, decides=u.decides,
+                null=judged.guessing, zero_budget=u.zero_budget, decides=u.decides,
                 healthy=u.health.healthy, health=u.health.reason,
             )
         )  # fmt: skip
@@ -191,8 +195,19 @@ def _mean_p_true(model: Model, split: FactSplit, drop_targets: bool) -> float:
     return float(score_facts(model, split.forget_hidden, drop_targets=drop_targets)["p_true"].to_numpy().mean())
 
 
-def _chance(split: FactSplit) -> float:
-    return sum(1 / max(len(fact.choices), 2) for fact in split.forget_hidden) / len(split.forget_hidden)
+def _guessing(split: FactSplit, drop_targets: bool) -> tuple[float, ...]:
+    """For every hidden fact the share of its relation's commonest answer, or chance if that is more.
+
+    What a model that knows nothing but how common answers are can get, and any attack that trains teaches that.
+    """
+    answers: dict[str, list[str]] = {}
+    for fact in (*split.forget_shown, *split.attack_dev, *split.retain_train, *split.forget_hidden):
+        answers.setdefault(fact.relation, []).append(fact.target_true)
+    commonest = {name: max(Counter(given).values()) / len(given) for name, given in answers.items()}
+    return tuple(
+        max(commonest[fact.relation], 1 / len(candidates(fact, drop_targets=drop_targets)))
+        for fact in split.forget_hidden
+    )
 
 
 def _weight_changes(model: Model, edit: WeightEdit) -> pd.DataFrame:

@@ -7,7 +7,10 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class AttackEvidence:
-    """One attack's P(true | candidates) on the hidden facts, one entry a (seed, fact) row."""
+    """One attack's P(true | candidates) on the hidden facts, one entry a (seed, fact) row.
+
+    Scores put on another scale may be below 0: see `attack.asking` about multiple choice.
+    """
 
     name: str
     facts: tuple[str, ...]
@@ -15,7 +18,7 @@ class AttackEvidence:
     edited: tuple[float, ...]
     """After the edit and the attack (u)."""
     null: tuple[float, ...]
-    """The equally edited and attacked twin (n), row by row; for a proxy null, all the fabricated facts."""
+    """The equally edited and attacked twin (n), row by row; for a proxy null, what guessing gets."""
     zero_budget: bool = False
     """Just asking. Its positive control is the original itself, so it may always decide `hidden`."""
     decides: bool = True
@@ -30,12 +33,12 @@ class AttackEvidence:
                 f"attack '{self.name}': got {len(self.edited)} scores for {len(self.facts)} facts; no data, no verdict"
             )
         if not self.null:
-            raise ValueError(
-                f"attack '{self.name}': no scores of the twin (or of fabricated facts); no null, no verdict"
-            )
+            raise ValueError(f"attack '{self.name}': no scores of the twin (or of guessing); no null, no verdict")
         for value in (*self.edited, *self.null):
-            if not 0.0 <= value <= 1.0:  # NaN fails this as well
-                raise ValueError(f"attack '{self.name}': got P(true) = {value}, allowed: [0, 1]")
+            if not -1.0 <= value <= 1.0:  # NaN fails this as well
+                raise ValueError(
+                    f"attack '{self.name}': got P(true) = {value}, allowed: [0, 1], or from -1 if rescaled"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ def gather_evidence(edited: Sequence[Any], twin: Sequence[Any], *, paired: bool 
     Args:
         edited: `AttackResult`s of one attack on the edited model, one a seed.
         twin: the same attack on the equally edited twin, in the same order.
-        paired: False when `twin` was scored on fabricated facts (a proxy null).
+        paired: False when `twin` was scored on other facts, such as fabricated ones (a proxy null).
 
     Raises:
         ValueError: no results, results of different attacks, or of different facts when paired.

@@ -100,9 +100,9 @@ def decide(
     Args:
         evidence: one entry an attack, all on the same hidden facts and seeds.
         original: mean P(true | candidates) of the original on the hidden facts, before attacks (A_o).
-        null_before: the same of the twin (or on fabricated facts), before attacks (A_n); fixed in advance.
+        null_before: the same of the twin (or of guessing), before attacks (A_n); fixed in advance.
         controls: the kinds of suppressed models that were tried.
-        null: what the null is; "proxy" (fabricated facts) caps the verdict at inconclusive unless hidden.
+        null: what the null is; "proxy" (guessing, fabricated facts) caps the verdict at inconclusive unless hidden.
         delta: largest recovered share that still counts as removed.
         n_twins: pairs of twins behind the null; one pair is named among the caveats.
         draws: bootstrap draws.
@@ -155,6 +155,8 @@ def demonstrate_power(
 ) -> PositiveControl:
     """Say which attacks recover a suppressed model: those healthy ones whose lower bound of D_a is above delta.
 
+    Asking is left out: a model that gives its facts away when asked otherwise is not suppressed.
+
     Args:
         kind: name of the kind of suppression, as "lora".
         evidence: as for `decide`, with the suppressed model in place of the edited one.
@@ -163,8 +165,8 @@ def demonstrate_power(
     _check(evidence, original, null_before, delta, null)
     denominator = max(original - null_before, SMALLEST_DENOMINATOR)
     rows = _rows(evidence, denominator, (), null, draws, seed)
-    recovered = tuple(row.name for row in rows if row.healthy and row.lower > delta) if accepted else ()
-    return PositiveControl(kind=kind, recovered_by=recovered, accepted=accepted)
+    recovered = tuple(row.name for row in rows if row.healthy and not row.zero_budget and row.lower > delta)
+    return PositiveControl(kind=kind, recovered_by=recovered if accepted else (), accepted=accepted)
 
 
 def _check(evidence: Sequence[AttackEvidence], original: float, null_before: float, delta: float, null: str) -> None:
@@ -207,7 +209,7 @@ def _rows(
         paired = edited - np.asarray(entry.null) if null == "twin" else edited - np.mean(entry.null)
         table = seed_fact_table(entry.seeds, entry.facts, paired / denominator)
         drawn = bootstrap_means(table, draws=draws, seed=seed)
-        if null == "proxy":  # the fabricated facts are a sample of their own
+        if null == "proxy":  # fabricated facts are a sample of their own
             values = np.asarray(entry.null)
             drawn -= (
                 bootstrap_weights(len(values), draws, seed + 2) @ values / len(values) - values.mean()
@@ -287,7 +289,7 @@ def _judge(
         return (
             "inconclusive",
             "No attack brings anything back, but there is no twin that never knew the facts.",
-            ("Compare with a twin trained without the facts; fabricated facts cannot show removal."),
+            ("Compare with a twin trained without the facts; nothing else can show removal."),
         )
     row = max(able, key=lambda row: row.upper)
     return "removed", (
@@ -322,7 +324,7 @@ def _caveats(
 ) -> tuple[str, ...]:
     caveats: list[str] = []
     if null == "proxy":
-        caveats.append("no twin: fabricated facts stand in for it")
+        caveats.append("no twin: guessing the commonest answer stands in for it")
     elif n_twins < 2:
         caveats.append("one pair of model and twin")
     if len(set(evidence[0].seeds)) < 2:

@@ -29,7 +29,8 @@ def asking(
 
     The form is chosen by its mean P(true | candidates) on the dev facts, once for all facts, so that no fact's score
     is a maximum over forms. Multiple choice has fewer candidates than the other forms; its scores are put on their
-    scale first: p' = c + (1 - c) (p - 1/4) / (1 - 1/4), with c the chance level of the fact's own candidates.
+    scale first: p' = c + (1 - c) (p - 1/4) / (1 - 1/4), with c the chance level of the fact's own candidates
+    (so an unlucky guess may be below 0, down to -1/3: cut off, guessing would score above chance).
 
     Args:
         report_all_forms: also score the hidden facts in the forms that were not chosen, for the report.
@@ -52,7 +53,7 @@ def asking(
         if form == "choice":
             own = np.array([1 / len(candidates(fact, drop_targets=drop_targets)) for fact in facts])
             skill = (scores["p_true"] - scores["chance"]) / (1 - scores["chance"])
-            scores["p_true"] = (own + (1 - own) * skill).clip(0.0, 1.0)
+            scores["p_true"] = own + (1 - own) * skill
         return scores
 
     common = [form for form in forms(split.attack_dev[0]) if all(form in forms(fact) for fact in split.attack_dev)]

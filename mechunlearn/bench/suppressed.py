@@ -97,7 +97,8 @@ def suppress_with_lora(
          + text_weight * negative log-likelihood per token of neutral text.
 
     Accepted if direct accuracy is not above chance (exact binomial test), retained accuracy is at least 95% of the
-    original's, and a linear probe halfway through the layers reads the facts within 5 points as well as before.
+    original's, and a linear probe halfway through the layers reads the facts within 5 points as well as before (which
+    holds by construction unless more than half of the layers are changed).
 
     Args:
         layer_share: share of the layers that are changed, counted from the end; at least one layer.
@@ -141,8 +142,7 @@ def suppress_with_lora(
 
 def accept(model: Model, split: FactSplit, edit: WeightEdit, *, max_facts: int = 256) -> Acceptance:
     """Measure whether an edit suppresses the forgotten facts, and only them; see `suppress_with_lora`."""
-    first = min(c.layer for c in edit.mask.components)
-    middle = min(model.n_layers // 2, first)
+    middle = model.n_layers // 2
     facts, kept = split.forget_hidden[:max_facts], split.retain_test[:max_facts] or split.retain_train[:max_facts]
     before = _state(model, facts, kept, split.retain_train[: 4 * max_facts], middle)
     with applied(model, edit):

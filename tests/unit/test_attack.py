@@ -121,10 +121,32 @@ def test_asking_a_model_that_knows_gets_the_facts(knowing, tiny_split):
     assert set(result.rows["setting"]) == {"prompt", "paraphrase:0", "question:0", "choice"}
 
 
+def test_guessing_in_multiple_choice_scores_chance(knowing, tiny_split, monkeypatch):
+    """Whoever picks one of four options with certainty and no knowledge is right a quarter of the time."""
+
+    def picking(model, facts, form="prompt", **_):
+        p_true = [float(i % 4 == 0) if form == "choice" else 0.0 for i in range(len(facts))]
+        return score_facts(model, facts, form).assign(p_true=p_true)
+
+    facts = [replace(fact, choices=("red", "blue", "green", "black", "grey")) for fact in tiny_split.forget_hidden[:1]]
+    many = tuple(replace(facts[0], subject=f"{facts[0].subject} {i}", target_true="red") for i in range(8))
+    monkeypatch.setitem(asking.__globals__, "score_facts", picking)
+    result = asking(knowing, replace(tiny_split, attack_dev=many, forget_hidden=many))
+    assert result.chosen == "choice"
+    assert np.mean(list(result.hidden_scores().values())) == pytest.approx(0.2, abs=0.01)
+
+
 def test_relearning_that_breaks_the_model_says_so(knowing, tiny_split):
-    result = relearning(knowing, tiny_split, learning_rates=(1.0,), kinds=("full",), steps=3, eval_every=3)
-    if result.chosen_step:
-        assert not result.health.healthy
+    # one answer for everybody is soon learnt, by the others, too
+    same = {
+        part: tuple(replace(fact, target_true="red") for fact in getattr(tiny_split, part))
+        for part in ("forget_shown", "attack_dev", "forget_hidden")
+    }
+    split = replace(tiny_split, **same)
+    result = relearning(knowing, split, learning_rates=(0.1,), kinds=("full",), steps=12, eval_every=12)
+    assert result.chosen_step == 12
+    assert not result.health.healthy
+    assert "retained" in result.health.reason
     assert Health(fitted=1.0, retained_before=0.9, retained_after=0.8, perplexity_ratio=1.0).reason.startswith(
         "retained"
     )
@@ -160,7 +182,10 @@ def test_a_suppressed_model_says_whether_it_was_accepted(knowing, tiny_split):
     hidden = suppress_with_lora(knowing, tiny_split, steps=60, learning_rate=1e-2)
     assert knowing.sha256 == before
     assert hidden.acceptance.direct_accuracy < none.acceptance.direct_accuracy
-    assert hidden.acceptance.probe_after == hidden.acceptance.probe_before  # earlier layers are untouched
+    assert hidden.acceptance.probe_after == hidden.acceptance.probe_before  # of the first half, which is untouched
+    erased = replace(hidden.acceptance, probe_before=0.5, probe_after=0.44)
+    assert not erased.accepted
+    assert "probe fell" in erased.reason
     with applied(knowing, hidden.edit):
         accuracy = score_facts(knowing, tiny_split.forget_hidden)["correct"].mean()
     assert accuracy == pytest.approx(hidden.acceptance.direct_accuracy)

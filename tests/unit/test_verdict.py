@@ -100,6 +100,13 @@ def test_an_attack_without_demonstrated_power_never_decides():
     assert judge(evidence[0], controls=only).label == "inconclusive"  # asking alone cannot show removal
 
 
+def test_asking_shows_no_power_on_a_suppressed_model():
+    evidence = [attack("asking", 0.6), attack("relearning", 0.6), attack("probing", 0.0)]
+    shown = demonstrate_power("lora", evidence, original=ORIGINAL, null_before=NULL)
+    assert shown.recovered_by == ("relearning",)
+    assert demonstrate_power("lora", evidence, original=ORIGINAL, null_before=NULL, accepted=False).recovered_by == ()
+
+
 def test_a_suppressed_model_that_no_attack_recovers_makes_it_invalid():
     controls = (*RECOVERED, PositiveControl(kind="output_only", recovered_by=()))
     assert judge(*nothing_back(), controls=controls).label == "invalid"
@@ -139,7 +146,7 @@ def test_without_a_twin_removed_is_capped_at_inconclusive_but_hidden_is_not():
     assert verdict.label == "inconclusive"
     assert verdict.settle is not None
     assert "twin" in verdict.settle
-    assert any("fabricated" in caveat for caveat in verdict.caveats)
+    assert any("no twin" in caveat for caveat in verdict.caveats)
     proxy[1] = replace(attack("relearning", 0.6), null=(NULL,) * 100)
     assert judge(*proxy, null="proxy").label == "hidden"
 
