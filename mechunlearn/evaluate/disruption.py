@@ -1,4 +1,8 @@
-"""How much an edit disturbed everything else: perplexity, and KL from the original on text and retained prompts."""
+"""How much an edit disturbed everything else: perplexity, and KL from the original on text and retained prompts.
+
+The text states retained facts that no editor sees. Neutral text would not do: editors train on more of its kind, and
+come out better at it than the original.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,18 +10,16 @@ from dataclasses import dataclass
 import pandas as pd
 
 from mechunlearn.evaluate.results import COLUMNS
-from mechunlearn.facts import FactSplit
+from mechunlearn.facts import Fact, FactSplit
 from mechunlearn.metrics import Reference, kl_from, perplexity, reference_of
 from mechunlearn.models import Model
 from mechunlearn.organisms.neutral import neutral_text
 from mechunlearn.prompts import render
 
-TEXT_SEED = 77_010  # passages that no editor (seeds from 0) and no attack trains on
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Baseline:
-    """What the original predicts on neutral text and on retained prompts; taken before the edit is applied."""
+    """What the original predicts on text and on retained prompts; taken before the edit is applied."""
 
     texts: tuple[str, ...]
     perplexity: float
@@ -28,24 +30,37 @@ class Baseline:
 def take_baseline(
     original: Model, split: FactSplit, *, texts: Sequence[str] | None = None, max_facts: int = 64
 ) -> Baseline:
-    """Record the original; an edit applied to the same model object would change what it says."""
-    texts = tuple(neutral_text(32, seed=TEXT_SEED) if texts is None else texts)
+    """Record the original; an edit applied to the same model object would change what it says.
+
+    Args:
+        texts: your own; by default the retained test facts as statements, or neutral text where there are none.
+    """
     prompts = [render(fact, "prompt") for fact in split.retain_test[:max_facts]]
+    if texts is None:
+        stated = enumerate(split.retain_test[:max_facts])
+        texts = [f"{render(fact, _statement(fact, i))} {fact.target_true}." for i, fact in stated]
+        texts = texts or neutral_text(32, seed=77_010)
     return Baseline(
-        texts=texts,
+        texts=tuple(texts),
         perplexity=perplexity(original, texts),
         text=reference_of(original, texts),
         retained=reference_of(original, prompts) if prompts else None,
     )
 
 
+def _statement(fact: Fact, turn: int) -> str:
+    """The prompt or one of the paraphrases, in turns."""
+    turn %= 1 + len(fact.paraphrases)
+    return f"paraphrase:{turn - 1}" if turn else "prompt"
+
+
 def disruption_rows(model: Model, baseline: Baseline) -> pd.DataFrame:
-    """Perplexity on neutral text, its ratio to the original's, and mean KL(original || model) a token."""
+    """Perplexity on the text, its ratio to the original's, and mean KL(original || model) a token."""
     now = perplexity(model, baseline.texts)
     values = [
-        ("neutral_text", "perplexity", now),
-        ("neutral_text", "perplexity_ratio", now / baseline.perplexity),
-        ("neutral_text", "kl", kl_from(model, baseline.text)),
+        ("text", "perplexity", now),
+        ("text", "perplexity_ratio", now / baseline.perplexity),
+        ("text", "kl", kl_from(model, baseline.text)),
     ]
     if baseline.retained is not None:
         values.append(("retain_test", "kl", kl_from(model, baseline.retained)))

@@ -39,7 +39,7 @@ def verdict_table(run: Run) -> pd.DataFrame:
                 "twin after": _or_missing(hidden_interval(cell.null, name)),
                 "retained": _or_missing(measured(cell, "retain_test", "accuracy")),
                 "same subject": _or_missing(measured(cell, "same_subject", "accuracy")),
-                "perplexity ratio": _or_missing(measured(cell, "neutral_text", "perplexity_ratio", "text")),
+                "perplexity ratio": _or_missing(measured(cell, "text", "perplexity_ratio", "text")),
                 "health": health(cell),
             }
         )
@@ -124,7 +124,7 @@ def arms_table(run: Run) -> pd.DataFrame:
                 f"{name}_upper": found.upper,
                 f"{name}_n": found.n,
             }
-        for name, part in (("kl_text", "neutral_text"), ("kl_retained", "retain_test")):
+        for name, part in (("kl_text", "text"), ("kl_retained", "retain_test")):
             found = measured(cell, part, "kl", "text")
             values[name] = found.value if found else math.nan
         rows.append(values)

@@ -15,9 +15,9 @@ def model(tiny_model):
 
 def test_the_original_compared_with_itself_is_undisturbed(model, tiny_split):
     result = evaluate(model, tiny_split, original=model, parts=("retain_test",), kinds=("prompt",))
-    assert result.mean("neutral_text", "kl", "text") == 0.0
+    assert result.mean("text", "kl", "text") == 0.0
     assert result.mean("retain_test", "kl", "text") == 0.0
-    assert result.mean("neutral_text", "perplexity_ratio", "text") == 1.0
+    assert result.mean("text", "perplexity_ratio", "text") == 1.0
 
 
 def test_a_disturbed_model_differs_from_its_own_baseline(model, tiny_split):
@@ -25,7 +25,7 @@ def test_a_disturbed_model_differs_from_its_own_baseline(model, tiny_split):
     name, weight = next((n, p) for n, p in model.hf.named_parameters() if n.endswith("down_proj.weight"))
     with substituted(model, {name: 3 * weight.detach()}):
         result = evaluate(model, tiny_split, original=baseline, parts=("retain_test",), kinds=("prompt",))
-    assert result.mean("neutral_text", "kl", "text") > 0
+    assert result.mean("text", "kl", "text") > 0
 
 
 def test_means_are_those_of_the_scorer_and_every_part_and_form_is_there(model, tiny_split):

@@ -99,8 +99,8 @@ def _evaluation(rng, forgotten, kept):
         for form in ("prompt", "paraphrase:0", "question:0"):
             rows += [(part, s, "city", "Oslo", form, "accuracy", float(rng.random() < level)) for s in SUBJECTS]
     rows += [
-        ("neutral_text", "", "", "", "text", "perplexity_ratio", 1.03),
-        ("neutral_text", "", "", "", "text", "kl", 0.012),
+        ("text", "", "", "", "text", "perplexity_ratio", 1.03),
+        ("text", "", "", "", "text", "kl", 0.012),
     ]
     return Evaluation(rows=pd.DataFrame(rows, columns=pd.Index(EVALUATED)), options={})
 
