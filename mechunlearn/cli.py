@@ -221,7 +221,7 @@ def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2."""
     try:
         app()
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         if isinstance(error, UnicodeError):
             raise
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {escape(str(error))}")

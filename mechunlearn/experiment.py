@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from mechunlearn.cells import CellTask, Judged, conclude, demonstrated, judge, warm_up
-from mechunlearn.checkpoints import load_model
+from mechunlearn.checkpoints import choose_device, load_model
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.evidence import PositiveControl
 from mechunlearn.facts import Fact, FactSet, FactSplit, balanced_sample, split_facts, with_edit_targets
@@ -37,6 +37,7 @@ from mechunlearn.statistics import chance_sd, facts_needed
 Progress = Callable[[str, float, float], None]
 EXACT = "resample_ablation"
 MATCHED_CONTROLS = ("random_mlps", "random_components")
+WHOLE_CONTROLS = ("all_mlps", "nonlocalized")
 PARTS = ("forget_shown", "attack_dev", "forget_hidden", "retain_train", "retain_test", "same_subject")
 
 
@@ -69,7 +70,9 @@ def choose_facts(settings: FactsSettings) -> tuple[FactSet, tuple[Fact, ...]]:
         return facts.where(lambda fact: fact.key not in others), chosen  # a twin never read the others: not retained
     facts = load_facts(settings.source, format=settings.format)
     pool = facts.of(settings.relation) if settings.relation else facts
-    return facts, balanced_sample(pool, settings.n) if settings.n else pool.facts
+    if settings.n is None and settings.relation:
+        return facts, pool.facts
+    return facts, balanced_sample(pool, settings.n or max(4, len({fact.subject for fact in pool}) // 2))
 
 
 def prepare(settings: Settings) -> Stage:
@@ -115,25 +118,31 @@ def localize(stage: Stage, name: str, *, seed: int | None = None) -> ComponentSc
 def choose_masks(stage: Stage, scores: Mapping[str, ComponentScores]) -> dict[str, ParameterMask]:
     """The mask of every arm.
 
-    Random arms take as many components of each kind as the first arm that is not a control, so that they edit
-    exactly the same number of parameters.
+    `random_mlps` takes as many components of each kind as the first arm that is not a control, so that it edits exactly
+    the same number of parameters; `random_components` draws among all sublayers up to that number.
     """
     masks: dict[str, ParameterMask] = {}
     arms = stage.settings.arms
     for arm in [arm for arm in arms if arm.localizer not in MATCHED_CONTROLS]:
         masks[arm.name] = _selected(stage, arm, scores[arm.localizer])
-    leading = next(iter(masks.values()), None)
+    localized = [arm.name for arm in arms if arm.localizer not in (*MATCHED_CONTROLS, *WHOLE_CONTROLS)]
+    leading = masks[localized[0]] if localized else None
     for i, arm in enumerate(arm for arm in arms if arm.localizer in MATCHED_CONTROLS):
         seed = stage.settings.seed + (arm.seed if arm.seed is not None else i)
         if leading is None or arm.budget or arm.kinds:
             masks[arm.name] = _selected(stage, arm, localize(stage, arm.localizer, seed=seed))
+        elif arm.localizer == "random_components":
+            drawn = localize(stage, arm.localizer, seed=seed)
+            masks[arm.name] = select_components(
+                drawn, stage.model, budget=leading.n_selected, kinds=("mlp", "attention")
+            )
         else:
             masks[arm.name] = random_mask_like(leading, stage.model, seed=seed)
     return {arm.name: masks[arm.name] for arm in arms}
 
 
 def _selected(stage: Stage, arm: ArmSettings, scores: ComponentScores) -> ParameterMask:
-    if arm.localizer in ("all_mlps", "nonlocalized"):
+    if arm.localizer in WHOLE_CONTROLS:
         return mask_of(stage.model, scores.components)
     settings = stage.settings.mask
     return select_components(
@@ -180,7 +189,7 @@ def _pool(settings: Settings) -> Iterator[Executor | None]:
     One thread each, the parent included: the matrices are small, and threads that wait for each other on a busy
     machine cost more than they bring.
     """
-    if settings.workers == 1 or settings.device.startswith("cuda"):
+    if settings.workers == 1 or choose_device(settings.device).type == "cuda":
         yield None
         return
     threads = torch.get_num_threads()
@@ -230,7 +239,7 @@ class _Bench:
         return None
 
     def finish(self, on_progress: Callable[[str, int], None]) -> tuple[Cell, ...]:
-        """Wait for every cell; verdicts come last, for they need the power that the controls show."""
+        """Wait for every cell, and save each as soon as the controls have shown the power of the attacks."""
         settings = self.stage.settings
         controls = tuple(
             PositiveControl(**{**control, "recovered_by": tuple(control["recovered_by"])})
@@ -238,26 +247,31 @@ class _Bench:
             for control in cell.notes.get("controls", ())
         )
         found: list[Judged] = []
+        concluded = 0
         for i, task in enumerate(self.tasks):
             on_progress(f"judging: {task.name}", i)
             if task.name in self.cells:
                 continue
             future, same = self.under_way.get(task.name), self._same(task)
-            if same is not None and same.name not in self.cells:
-                done = next(judged for judged in found if judged.task.name == same.name)
+            done = next((judged for judged in found if same and judged.task.name == same.name), None)
+            if done is not None:
                 found.append(replace(done, task=task))
             else:
                 found.append(future.result() if future else judge(task, self.stage.split, settings))
             if task.role == "suppressed":
                 controls = (demonstrated(found[-1], settings),)
-        unedited = self.cells["original"].null if "original" in self.cells else ()
-        unedited = next((judged.null for judged in found if judged.task.role == "original"), unedited)
-        for judged in found:
-            shared = replace(judged, null=unedited) if judged.task.role == "twin" else judged
-            cell = conclude(shared, settings, controls)
-            cell.save(self.folder / cell.name)
-            self.cells[cell.name] = cell
+            if controls or not settings.suppressed_control:  # the power of the attacks is known: save what is judged
+                for judged in found[concluded:]:
+                    self._conclude(judged, controls)
+                concluded = len(found)
         return tuple(self.cells[task.name] for task in self.tasks)
+
+    def _conclude(self, judged: Judged, controls: Sequence[PositiveControl]) -> None:
+        if judged.task.role == "twin":  # it shares the unedited original's null
+            judged = replace(judged, null=self.cells["original"].null)
+        cell = conclude(judged, self.stage.settings, controls)
+        cell.save(self.folder / cell.name)
+        self.cells[cell.name] = cell
 
 
 def _control_tasks(stage: Stage) -> list[CellTask]:
@@ -288,16 +302,17 @@ def _arm_tasks(stage: Stage, masks: Mapping[str, ParameterMask]) -> list[CellTas
 def _key(stage: Stage, task: CellTask) -> str:
     """Hash of everything that decides a cell."""
     settings = stage.settings.model_dump(exclude={"arms", "name", "workers", "localize"})
+    settings["device"] = str(stage.model.device)
     weights = [model and model.sha256 for model in (stage.model, stage.twin, stage.second_twin)]
     return _digest([settings, weights, stage.split.sha256, version("mechunlearn"), asdict(task)])
 
 
 def _reuse(folder: Path, key: str) -> Cell | None:
     """A finished cell of exactly these inputs, if there is one."""
-    if not (folder / "cell.json").is_file():
+    record = folder / "cell.json"
+    if not record.is_file() or json.loads(record.read_text(encoding="utf-8"))["notes"].get("key") != key:
         return None
-    cell = Cell.load(folder)
-    return cell if cell.notes.get("key") == key else None
+    return Cell.load(folder)
 
 
 def _agreements(scores: Mapping[str, ComponentScores]) -> pd.DataFrame:

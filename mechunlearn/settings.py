@@ -28,7 +28,8 @@ class FactsSettings(_Strict):
     source: str = "people"
     format: str = "auto"
     forget: str | None = None
-    """A default forget set (people-256, ...), or `n` of it; without one `relation` and `n` choose from any source."""
+    """A default forget set (people-256, ...), or `n` of it; without one `relation` and `n` choose from any source;
+    with neither, half of the subjects are to be forgotten, one fact each."""
     relation: str | None = None
     n: Annotated[int, Field(ge=4)] | None = None
     folds: Annotated[int, Field(ge=2)] = 2
@@ -98,6 +99,8 @@ class Settings(_Strict):
     @classmethod
     def _known_methods(cls, value: dict[str, Options], info: Any) -> dict[str, Options]:
         registry: Registry = {"localize": LOCALIZERS, "edit": EDITORS, "attack": ATTACKS}[info.field_name]
+        if info.field_name == "attack" and not value:
+            raise ValueError("attack: got no attacks, allowed: at least one, such as [attack.asking]")
         return {name: registry.get(name).validate(options) for name, options in value.items()}
 
     @field_validator("evaluate", "suppress")
@@ -156,6 +159,8 @@ def load_settings(name_or_path: str | Path, changes: Mapping[str, Any] | None = 
         table = data
         for name in tables:
             table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise ValueError(f"--set: got {key!r}, but {name!r} is not a table; change it in a TOML file")
         table[last] = value
     return check_settings(data, str(path))
 

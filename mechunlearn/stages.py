@@ -49,6 +49,7 @@ def localize(
     model: str, facts: str, method: str, options: Mapping[str, Any], *, twin: str | None, device: str, out: Path
 ) -> ComponentScores:
     """Score components; writes scores.safetensors and scores.csv into `out`."""
+    replaceable(out)
     stage = _stage(model, facts, device=device, twin=twin, localize={method: dict(options)})
     scores = run_localizer(stage, method)
     with whole_folder(out) as folder:
@@ -71,6 +72,7 @@ def edit(
     out: Path,
 ) -> pd.DataFrame:
     """Edit the selected components; writes the edit and, if asked, a checkpoint; returns before and after."""
+    replaceable(out)
     if (scores is None) == (components is None):
         raise ValueError("edit: give either --scores (a file that `localize` wrote) or --components (such as m2,m3)")
     stage = _stage(model, facts, device=device, edit={method: dict(options)})
@@ -96,6 +98,7 @@ def attack(
     model: str, facts: str, method: str, options: Mapping[str, Any], *, edit_folder: Path | None, device: str, out: Path
 ) -> pd.DataFrame:
     """Attack a model, edited if an edit is given; writes the attack's record and rows."""
+    replaceable(out)
     stage = _stage(model, facts, device=device, attack={method: dict(options)})
     with ExitStack() as stack:
         if edit_folder is not None:
@@ -125,7 +128,7 @@ def train(
     recipe, _ = ORGANISMS[name]
     recipe = replace(recipe, tokens=tokens) if tokens else recipe
     return train_organism(
-        name, folder, device=choose_device(device).type, recipe=recipe,
+        name, folder, device=str(choose_device(device)), recipe=recipe,
         on_step=lambda step, loss: on_step(f"{name}: loss {loss:.3f}", step, recipe.steps),
         on_checkpoint=lambda curve: training_figure(pd.read_csv(curve)).write_html(curve.with_suffix(".html")),
     )  # fmt: skip
@@ -133,7 +136,7 @@ def train(
 
 def sweep(out: Path, *, device: str, on_step: Callable[[str, int, int], None]) -> pd.DataFrame:
     """Train and check the recipes of `organisms.sweep`; writes sweep.csv and sweep.html."""
-    rows = train_and_check(out / "sweep.csv", device=choose_device(device).type, on_step=on_step)
+    rows = train_and_check(out / "sweep.csv", device=str(choose_device(device)), on_step=on_step)
     sweep_figure(rows).write_html(out / "sweep.html")
     return rows
 

@@ -7,10 +7,15 @@ import pandas as pd
 import pytest
 
 from mechunlearn.checkpoints import save_model
+from mechunlearn.sources.bundled import load_bundled
 
 BROKEN = {
     "no such model": ["run", "demo", "--model", "no/such/folder/here"],
     "unknown preset": ["run", "demmo"],
+    "override inside a list": ["run", "demo", "--set", "arms.0.seed=1"],
+    "override inside a value": ["run", "demo", "--set", "name.x=1"],
+    "no attacks": ["run", "demo", "--set", "attack={}"],
+    "results below a file": ["localize", "--out", sys.executable + "/below"],
     "unknown localizer": ["localize", "--out", "out", "--method", "attribution_patch"],
     "unknown forget set or data": ["attack", "--out", "out", "--facts", "peeple-256"],
     "misspelt override": ["run", "demo", "--set", "sead=3"],
@@ -74,6 +79,25 @@ def test_a_table_without_a_needed_column_is_one_line(tmp_path):
     result = _run(["localize", "--facts", "mine.csv", "--out", "out"], tmp_path)
     _says_one_line(result, tmp_path, "mine.csv", "target_true")
     assert [p.name for p in tmp_path.iterdir()] == ["mine.csv"]
+
+
+def test_ones_own_facts_are_localized_edited_and_attacked(tmp_path):
+    """README's commands; of a file half of the subjects are to be forgotten, so that something is retained."""
+    facts = load_bundled("sports").facts[:80]
+    rows = [(f.subject, f.relation, f.prompt, f.target_true) for f in facts]
+    columns = ["subject", "relation", "prompt", "target_true"]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "mine.csv", index=False)
+    common = ["--model", "atlas", "--facts", "mine.csv"]
+    quick = ["--set", "steps=2"]
+    for arguments in (
+        ["localize", *common, "--method", "attribution_patching", "--out", "scores"],
+        ["edit", *common, *quick, "--scores", "scores/scores.safetensors", "--out", "edited", "--export"],
+        ["attack", *common, *quick, "--method", "relearning", "--edit", "edited", "--out", "attacked"],
+    ):
+        result = _run(arguments, tmp_path)
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "edited" / "checkpoint" / "model.safetensors").is_file()
+    assert "hidden facts" in result.stdout
 
 
 def test_any_model_can_be_checked_on_ones_own_facts(tiny_model, tiny_facts, tmp_path):

@@ -32,6 +32,29 @@ localizer = "attribution_patching"
 [[arms]]
 localizer = "random_mlps"
 """
+NO_TWIN = """
+name = "alone"
+model = "atlas"
+suppressed_control = false
+[facts]
+source = "people"
+relation = "pet"
+n = 24
+[evaluate]
+max_facts = 4
+kinds = ["prompt"]
+[attack.asking]
+report_all_forms = false
+[edit.inject]
+steps = 30
+[[arms]]
+localizer = "all_mlps"
+[[arms]]
+localizer = "random_mlps"
+budget = 0.3
+[[arms]]
+localizer = "random_components"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +74,19 @@ def test_random_arms_edit_exactly_as_many_parameters(run):
     _, _, result = run
     localized, control = (result.cell(f"inject-{name}") for name in ("attribution_patching", "random_mlps"))
     assert localized.n_selected == control.n_selected > 0
+
+
+def test_without_a_twin_guessing_is_the_null_and_nothing_is_removed(tmp_path):
+    settings = check_settings(tomllib.loads(NO_TWIN), "alone")
+    result = run_experiment(settings, tmp_path / "alone")
+    for cell in result.cells:
+        assert cell.verdict.label != "removed"
+        assert any("guessing" in caveat for caveat in cell.verdict.caveats)
+    names = ("all_mlps", "random_mlps", "random_components")
+    whole, drawn, anywhere = (result.cell(f"inject-{name}") for name in names)
+    assert whole.notes["A_n"] > 1 / 10  # ten pets, some commoner than others
+    assert drawn.n_selected < whole.n_selected  # a control does not set the size of another
+    assert len(anywhere.components) > 0
 
 
 def test_the_exact_effect_stands_beside_every_localizer(run):
