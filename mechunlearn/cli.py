@@ -27,7 +27,8 @@ console = Console(highlight=False)
 ModelOption = Annotated[str, typer.Option("--model", help="Bundled organism, local Hugging Face folder, or hub name.")]
 TwinOption = Annotated[str | None, typer.Option("--twin", help="A model that never knew the facts, if there is one.")]
 FactsOption = Annotated[
-    str, typer.Option("--facts", help="Default forget set (people-256), bundled data set, file, or hub name.")
+    str,
+    typer.Option("--facts", help="Forget set (people-256); or data set, file, hub name: half of its subjects go."),
 ]
 MethodOption = Annotated[
     str | None, typer.Option("--method", help="Method of this stage; `mechunlearn list` shows all.")
