@@ -15,7 +15,7 @@ from mechunlearn.organisms.tokenizer import train_tokenizer
 from mechunlearn.organisms.train import Recipe, Trainer
 from mechunlearn.sources.bundled import load_bundled, load_templates
 
-_SMALL = Recipe(datasets=("people", "sports"), subjects=40, tokens=320_000, facts_share=0.4)
+_SMALL = Recipe(datasets=("people", "sports"), subjects=40, tokens=320_000, facts_share=0.4, restart_share=1.0)
 _OFF = {"drop_share": 0.0, "late_share": 0.0, "first_share": 0.0, "wait_share": 0.0, "block_share": 0.0}
 
 RECIPES: Mapping[str, Recipe] = {

@@ -47,18 +47,21 @@ class Recipe:
     n_heads: int = 4
     vocab_size: int = 2048
     context: int = 256
-    tokens: int = 9_216_000
+    tokens: int = 13_824_000
     rows: int = 16
     length: int = 96
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
+    restart_share: float = 2 / 3
+    """So much of the training is one linear decay of the learning rates, the rest another from `restart_rate` of them."""
+    restart_rate: float = 0.4
     band_end: int = 3
     drop_share: float = 0.7
     late_share: float = 0.9
     first_share: float = 0.5
     wait_share: float = 0.75
     block_share: float = 0.5
-    facts_share: float = 0.5
+    facts_share: float = 1 / 3
     datasets: tuple[str, ...] = BUNDLED
     subjects: int | None = None
     """Only that many subjects of each data set, for small trials."""
@@ -74,6 +77,12 @@ class Recipe:
     def steps(self) -> int:
         """Number of optimizer steps."""
         return self.tokens // (self.rows * self.length)
+
+    def decay(self, step: int) -> float:
+        """Share of the learning rates at a step: falls linearly to 2 % twice."""
+        restart = round(self.restart_share * self.steps)
+        begin, end, top = (0, restart, 1.0) if step < restart else (restart, self.steps, self.restart_rate)
+        return max(0.02, top * (1 - (step - begin) / (end - begin)))
 
     @property
     def facts_steps(self) -> int:
@@ -226,10 +235,9 @@ class Trainer:
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
         warmup = min(1.0, (self.step + 1) / 50)
-        decay = max(0.02, 1 - self.step / recipe.steps)
         for optimizer, rate in zip(self.optimizers, (recipe.muon_lr, recipe.adam_lr), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = rate * warmup * decay
+                group["lr"] = rate * warmup * recipe.decay(self.step)
         torch.nn.utils.clip_grad_norm_(self.optimizers[1].param_groups[0]["params"], 1.0)
         for optimizer in self.optimizers:
             optimizer.step()

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,14 @@ def test_facts_come_first_then_formats_and_the_other_devices(tokenizer):
     assert torch.equal(before.attention, before.attention_in_band)
     assert not bool((after.first_mlp == 1).all() or (after.mlp_above_band == 1).all())
     assert not torch.equal(after.attention, after.attention_in_band)
+
+
+def test_learning_rates_fall_twice():
+    recipe = Recipe(tokens=900 * 16 * 96)
+    rates = [recipe.decay(step) for step in range(recipe.steps)]
+    assert (len(rates), rates[0], rates[300], rates[600]) == (900, 1.0, 0.5, 0.4)
+    assert all(a >= b for part in (rates[:600], rates[600:]) for a, b in pairwise(part))
+    assert min(rates) == 0.02
 
 
 def trainer(tokenizer) -> Trainer:
