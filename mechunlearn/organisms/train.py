@@ -53,7 +53,7 @@ class Recipe:
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     restart_share: float = 2 / 3
-    """So much of the training is one linear decay of the learning rates, the rest another from `restart_rate` of them."""
+    """So much of the training is one linear decay of the learning rates, the rest one from `restart_rate` of them."""
     restart_rate: float = 0.4
     band_end: int = 3
     drop_share: float = 0.7
