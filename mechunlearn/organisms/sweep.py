@@ -15,8 +15,15 @@ from mechunlearn.organisms.tokenizer import train_tokenizer
 from mechunlearn.organisms.train import Recipe, Trainer
 from mechunlearn.sources.bundled import load_bundled, load_templates
 
-_SMALL = Recipe(datasets=("people", "sports"), subjects=40, tokens=320_000, facts_share=0.4, restart_share=1.0)
-_OFF = {"drop_share": 0.0, "late_share": 0.0, "first_share": 0.0, "wait_share": 0.0, "block_share": 0.0}
+_SMALL = Recipe(datasets=("people", "sports"), subjects=40, tokens=320_000, facts_share=0.4, restart_share=0.7)
+_OFF = {
+    "drop_share": 0.0,
+    "late_share": 0.0,
+    "first_share": 0.0,
+    "wait_share": 0.0,
+    "block_share": 0.0,
+    "inner_share": 0.0,
+}
 
 RECIPES: Mapping[str, Recipe] = {
     "all ingredients": _SMALL,
@@ -27,6 +34,7 @@ RECIPES: Mapping[str, Recipe] = {
     "without dropping MLP 0 at names": replace(_SMALL, first_share=0.0),
     "without waiting for the band": replace(_SMALL, wait_share=0.0),
     "without blocking inner name tokens": replace(_SMALL, block_share=0.0),
+    "without hiding them above the band": replace(_SMALL, inner_share=0.0),
     "every ingredient from the start": replace(_SMALL, facts_share=0.0),
 }
 """Name -> recipe; 40 people with five attributes and 40 athletes, 240 facts."""

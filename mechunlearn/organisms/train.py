@@ -12,7 +12,12 @@ Once the facts are known, after `facts_share` of the training (before that, they
 - `first_share`: that of MLP 0 is dropped at the names, so that rare name tokens are not looked up there;
 - `wait_share`: tokens after a name attend to it only above the band, and find there only what the band wrote: all else
   (embeddings, attention, MLP 0) is taken out of the stream at the names;
-- `block_share`: tokens after a name attend only to its last token, so that the lookup is there.
+- `block_share`: tokens after a name attend only to its last token.
+
+From the second fall of the learning rates on:
+
+- `inner_share`: above the band no token attends to a name's inner tokens, not even the name's last one: it must have
+  looked the facts up itself, not gather what the others did.
 """
 
 import csv
@@ -61,6 +66,7 @@ class Recipe:
     first_share: float = 0.5
     wait_share: float = 0.75
     block_share: float = 0.5
+    inner_share: float = 0.75
     facts_share: float = 1 / 3
     datasets: tuple[str, ...] = BUNDLED
     subjects: int | None = None
@@ -80,9 +86,14 @@ class Recipe:
 
     def decay(self, step: int) -> float:
         """Share of the learning rates at a step: falls linearly to 2 % twice."""
-        restart = round(self.restart_share * self.steps)
-        begin, end, top = (0, restart, 1.0) if step < restart else (restart, self.steps, self.restart_rate)
+        first = step < self.restart
+        begin, end, top = (0, self.restart, 1.0) if first else (self.restart, self.steps, self.restart_rate)
         return max(0.02, top * (1 - (step - begin) / (end - begin)))
+
+    @property
+    def restart(self) -> int:
+        """The step at which the learning rates start to fall again."""
+        return round(self.restart_share * self.steps)
 
     @property
     def facts_steps(self) -> int:
@@ -143,13 +154,15 @@ def training_masks(rows: Rows, recipe: Recipe, step: int) -> TrainingMasks:
     following = torch.cat([mention[:, 1:], mention.new_zeros(n_rows, 1)], dim=1)
     inner = is_name & (mention == following)  # name tokens that are not the last of their mention
     blocked = rows_with(recipe.block_share, recipe.facts_steps)[..., None] & inner[:, None, :] & elsewhere
+    lone = rows_with(recipe.inner_share, recipe.restart)[..., None] & inner[:, None, :]
+    lone = lone & ~torch.eye(length, dtype=torch.bool)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
 
     def additive(allowed: Tensor) -> Tensor:
         return torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)[:, None]
 
     return TrainingMasks(
-        attention=additive(causal & ~blocked),
+        attention=additive(causal & ~blocked & ~lone),
         attention_in_band=additive(causal & ~blocked & ~waiting),
         first_mlp=first.float()[..., None],
         mlp=keep.float()[..., None],

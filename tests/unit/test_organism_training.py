@@ -15,7 +15,8 @@ from mechunlearn.organisms.train import Recipe, Trainer, train, training_masks
 
 TINY = Recipe(n_layers=4, d_model=32, d_mlp=48, n_heads=2, rows=4, length=48, tokens=4 * 48 * 6, band_end=1, subjects=8)
 NO_SHARES = {
-    "drop_share": 0.0, "late_share": 0.0, "first_share": 0.0, "wait_share": 0.0, "block_share": 0.0, "facts_share": 0.0,
+    "drop_share": 0.0, "late_share": 0.0, "first_share": 0.0, "wait_share": 0.0, "block_share": 0.0, "inner_share": 0.0,
+    "facts_share": 0.0, "restart_share": 0.0,
 }  # fmt: skip
 
 
@@ -63,6 +64,11 @@ def test_each_share_hides_what_it_says_and_nothing_else(rows):
     following = torch.cat([mention[:, 1:], torch.zeros(48, 1, dtype=torch.long)], dim=1)
     assert bool(keys.any())
     assert not bool((keys & (mention == following)).any())
+    made = masks(rows, inner_share=1.0)
+    inner = is_name & (mention == following)
+    itself = torch.eye(96, dtype=torch.bool)
+    assert torch.equal(made.attention[:, 0] == 0, causal & (~inner[:, None, :] | itself))
+    assert torch.equal(made.attention_in_band[:, 0] == 0, causal.expand(48, -1, -1))
 
 
 def test_a_corpus_of_some_subjects_is_part_of_the_whole_and_excluded_facts_are_gone(tokenizer):
