@@ -178,7 +178,7 @@ def test_perplexity_equals_the_literal_one_whatever_the_batch(tiny_model):
     total, count = 0.0, 0
     for text in TEXTS:
         ids = torch.tensor(model.tokenizer(text)["input_ids"])[None]
-        total += float(model.hf(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        total += model.hf(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
     for batch_size in (1, 2, 8):
         assert perplexity(model, TEXTS, batch_size=batch_size) == pytest.approx(math.exp(total / count), rel=1e-5)
