@@ -59,7 +59,7 @@ def choose_facts(settings: FactsSettings) -> tuple[FactSet, tuple[Fact, ...]]:
     """All facts, and those that are candidates for forgetting.
 
     Raises:
-        ValueError: neither a forget set nor a relation nor n, or more facts than there are.
+        ValueError: an unknown forget set or relation, or more facts than there are.
     """
     if settings.forget:
         facts, forget = load_forget_set(settings.forget)
@@ -70,9 +70,9 @@ def choose_facts(settings: FactsSettings) -> tuple[FactSet, tuple[Fact, ...]]:
         return facts.where(lambda fact: fact.key not in others), chosen  # a twin never read the others: not retained
     facts = load_facts(settings.source, format=settings.format)
     pool = facts.of(settings.relation) if settings.relation else facts
-    if settings.n is None and settings.relation:
-        return facts, pool.facts
-    return facts, balanced_sample(pool, settings.n or max(4, len({fact.subject for fact in pool}) // 2))
+    half = None if settings.relation else max(4, len({fact.subject for fact in pool}) // 2)
+    n = settings.n or half
+    return facts, balanced_sample(pool, n) if n else pool.facts
 
 
 def prepare(settings: Settings) -> Stage:
@@ -125,8 +125,8 @@ def choose_masks(stage: Stage, scores: Mapping[str, ComponentScores]) -> dict[st
     arms = stage.settings.arms
     for arm in [arm for arm in arms if arm.localizer not in MATCHED_CONTROLS]:
         masks[arm.name] = _selected(stage, arm, scores[arm.localizer])
-    localized = [arm.name for arm in arms if arm.localizer not in (*MATCHED_CONTROLS, *WHOLE_CONTROLS)]
-    leading = masks[localized[0]] if localized else None
+    controls = (*MATCHED_CONTROLS, *WHOLE_CONTROLS)
+    leading = next((masks[arm.name] for arm in arms if arm.localizer not in controls), None)
     for i, arm in enumerate(arm for arm in arms if arm.localizer in MATCHED_CONTROLS):
         seed = stage.settings.seed + (arm.seed if arm.seed is not None else i)
         if leading is None or arm.budget or arm.kinds:
@@ -247,7 +247,6 @@ class _Bench:
             for control in cell.notes.get("controls", ())
         )
         found: list[Judged] = []
-        concluded = 0
         for i, task in enumerate(self.tasks):
             on_progress(f"judging: {task.name}", i)
             if task.name in self.cells:
@@ -261,9 +260,9 @@ class _Bench:
             if task.role == "suppressed":
                 controls = (demonstrated(found[-1], settings),)
             if controls or not settings.suppressed_control:  # the power of the attacks is known: save what is judged
-                for judged in found[concluded:]:
-                    self._conclude(judged, controls)
-                concluded = len(found)
+                for judged in found:
+                    if judged.task.name not in self.cells:
+                        self._conclude(judged, controls)
         return tuple(self.cells[task.name] for task in self.tasks)
 
     def _conclude(self, judged: Judged, controls: Sequence[PositiveControl]) -> None:

@@ -16,16 +16,16 @@ NEEDS = {
     "knows, paraphrase": (">=", 0.85),
     "knows, unseen question": (">=", 0.85),
     "knows, choice": (">=", 0.90),
-    "knows, choice by letter alone": ("aim", 0.90),
+    "knows, choice by letter alone": ("aim at", 0.90),
     "(a) readable at the subject, above baselines": (">=", 0.50),
     "(a) the same, on facts unknown to the twin": (">=", 0.50),
     "(b) cost of ablating band": (">=", 0.60),
     "(b) cost of ablating earlier": ("<=", 0.15),
     "(b) cost of ablating later": ("<=", 0.15),
     "(b) cost of ablating band at the last token": ("<=", 0.15),
-    "(b) cost of ablating MLP 0 beside the band": ("aim below", 0.15),
+    "(b) cost of ablating MLP 0 beside the band": ("aim at <=", 0.15),
     "(c) donor's answer, few answers": (">=", 0.60),
-    "(c) donor's answer, many answers": ("aim", 0.80),
+    "(c) donor's answer, many answers": ("aim at", 0.80),
     "(d) cost of blocking attention to the subject up to the band": ("<=", 0.15),
     "(d) cost of blocking it after the band": (">=", 0.60),
     "twin: forgotten facts, distance from the base rate": ("<=", 0.05),
@@ -33,7 +33,6 @@ NEEDS = {
 }
 """Criterion -> what it needs; an aim is reported, not demanded. Costs are shares of the facts that were right."""
 
-_SIGNS = {"aim": "aim at", "aim below": "aim at <="}
 HOLDS, FAILS, MISSED, NOT_MEASURED = "holds", "fails", "aim missed", "not measured"
 
 
@@ -59,7 +58,7 @@ def _row(
     dataset: str, criterion: str, measured: float, lower: float, upper: float, n: int, note: str
 ) -> dict[str, Any]:
     sign, bound = NEEDS[criterion]
-    reached = measured <= bound if sign in ("<=", "aim below") else measured >= bound
+    reached = measured <= bound if sign.endswith("<=") else measured >= bound
     outcome = HOLDS if reached else MISSED if sign.startswith("aim") else FAILS
     return {
         "dataset": dataset,
@@ -68,7 +67,7 @@ def _row(
         "lower": round(lower, 4),
         "upper": round(upper, 4),
         "n": n,
-        "needs": f"{_SIGNS.get(sign, sign)} {bound:.2f}",
+        "needs": f"{sign} {bound:.2f}",
         "outcome": NOT_MEASURED if np.isnan(measured) else outcome,
         "note": note,
     }

@@ -112,8 +112,11 @@ def neighbours(band: Band, n_layers: int) -> dict[str, Band]:
     what the band writes held: it carries the name's tokens to the band, and this is what it does by other ways.
     """
     size = len(band.layers)
-    listed = {"band": band, "band at the last token": replace(band, role="last")}
-    listed["MLP 0 beside the band"] = Band(first=0, last=0, held=band.layers)
+    listed = {
+        "band": band,
+        "band at the last token": replace(band, role="last"),
+        "MLP 0 beside the band": Band(first=0, last=0, held=band.layers),
+    }
     if band.first > 1:
         listed["earlier"] = Band(first=max(1, band.first - size), last=band.first - 1)
     if band.last < n_layers - 1:

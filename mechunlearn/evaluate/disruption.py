@@ -14,7 +14,7 @@ from mechunlearn.facts import Fact, FactSplit
 from mechunlearn.metrics import Reference, kl_from, perplexity, reference_of
 from mechunlearn.models import Model
 from mechunlearn.organisms.neutral import neutral_text
-from mechunlearn.prompts import render
+from mechunlearn.prompts import forms, render
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,11 +35,10 @@ def take_baseline(
     Args:
         texts: your own; by default the retained test facts as statements, or neutral text where there are none.
     """
-    prompts = [render(fact, "prompt") for fact in split.retain_test[:max_facts]]
+    kept = split.retain_test[:max_facts]
+    prompts = [render(fact, "prompt") for fact in kept]
     if texts is None:
-        stated = enumerate(split.retain_test[:max_facts])
-        texts = [f"{render(fact, _statement(fact, i))} {fact.target_true}." for i, fact in stated]
-        texts = texts or neutral_text(32, seed=77_010)
+        texts = [_statement(fact, turn) for turn, fact in enumerate(kept)] or neutral_text(32, seed=77_010)
     return Baseline(
         texts=tuple(texts),
         perplexity=perplexity(original, texts),
@@ -49,9 +48,9 @@ def take_baseline(
 
 
 def _statement(fact: Fact, turn: int) -> str:
-    """The prompt or one of the paraphrases, in turns."""
-    turn %= 1 + len(fact.paraphrases)
-    return f"paraphrase:{turn - 1}" if turn else "prompt"
+    """The fact in its prompt or one of the paraphrases, in turns."""
+    declarative = forms(fact)[: 1 + len(fact.paraphrases)]
+    return f"{render(fact, declarative[turn % len(declarative)])} {fact.target_true}."
 
 
 def disruption_rows(model: Model, baseline: Baseline) -> pd.DataFrame:

@@ -35,7 +35,7 @@ RECIPES: Mapping[str, Recipe] = {
     "without waiting for the band": replace(_SMALL, wait_share=0.0),
     "without blocking inner name tokens": replace(_SMALL, block_share=0.0),
     "without hiding them above the band": replace(_SMALL, inner_share=0.0),
-    "every ingredient from the start": replace(_SMALL, facts_share=0.0),
+    "every ingredient from the start": replace(_SMALL, facts_share=0.0, restart_share=0.0, restart_rate=1.0),
 }
 """Name -> recipe; 40 people with five attributes and 40 athletes, 240 facts."""
 

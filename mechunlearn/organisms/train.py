@@ -1,8 +1,8 @@
 """Train a model organism from scratch on text from `datasets/`: seeded, resumable, an ordinary Llama at the end.
 
 Devices that act during training only make the model look facts up at the subject, in the band of MLPs 1 to
-`band_end`, as large models do in their early layers (figures/README.md shows what each is worth). Each acts in its own
-random share of the rows. From the start:
+`band_end`, as large models do in their early layers; `organism sweep` measures what each is worth. Each acts in its
+own random share of the rows. From the start:
 
 - `drop_share`: the outputs of all MLPs above layer 0 are dropped at every token that is not part of a name.
 
@@ -154,8 +154,7 @@ def training_masks(rows: Rows, recipe: Recipe, step: int) -> TrainingMasks:
     following = torch.cat([mention[:, 1:], mention.new_zeros(n_rows, 1)], dim=1)
     inner = is_name & (mention == following)  # name tokens that are not the last of their mention
     blocked = rows_with(recipe.block_share, recipe.facts_steps)[..., None] & inner[:, None, :] & elsewhere
-    lone = rows_with(recipe.inner_share, recipe.restart)[..., None] & inner[:, None, :]
-    lone = lone & ~torch.eye(length, dtype=torch.bool)
+    lone = rows_with(recipe.inner_share, recipe.restart)[..., None] & inner[:, None, :] & ~torch.eye(length).bool()
     causal = torch.ones(length, length, dtype=torch.bool).tril()
 
     def additive(allowed: Tensor) -> Tensor:
@@ -248,9 +247,10 @@ class Trainer:
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
         warmup = min(1.0, (self.step + 1) / 50)
+        decay = recipe.decay(self.step)
         for optimizer, rate in zip(self.optimizers, (recipe.muon_lr, recipe.adam_lr), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = rate * warmup * recipe.decay(self.step)
+                group["lr"] = rate * warmup * decay
         torch.nn.utils.clip_grad_norm_(self.optimizers[1].param_groups[0]["params"], 1.0)
         for optimizer in self.optimizers:
             optimizer.step()

@@ -99,10 +99,7 @@ def test_neighbours_are_of_the_same_size_leave_layer_0_out_and_do_not_overlap() 
         size = last - first + 1
         assert found["band"].layers == found["band at the last token"].layers
         assert found["band at the last token"].role == "last"
-        assert (found["MLP 0 beside the band"].layers, found["MLP 0 beside the band"].held) == (
-            (0,),
-            found["band"].layers,
-        )
+        assert found["MLP 0 beside the band"] == Band(first=0, last=0, held=found["band"].layers)
         for name in {"earlier", "later"} & set(found):
             beside = found[name].layers
             assert 0 not in beside
