@@ -15,7 +15,7 @@ from mechunlearn.organisms.tokenizer import train_tokenizer
 from mechunlearn.organisms.train import Recipe, Trainer
 from mechunlearn.sources.bundled import load_bundled, load_templates
 
-_SMALL = Recipe(datasets=("people", "sports"), subjects=40, tokens=320_000, facts_share=0.4, restart_share=0.7)
+_SMALL = Recipe(datasets=("people", "sports"), subjects=40, tokens=320_000, facts_share=0.4, restarts=((0.7, 0.4),))
 _OFF = {
     "drop_share": 0.0,
     "late_share": 0.0,
@@ -35,7 +35,7 @@ RECIPES: Mapping[str, Recipe] = {
     "without waiting for the band": replace(_SMALL, wait_share=0.0),
     "without blocking inner name tokens": replace(_SMALL, block_share=0.0),
     "without hiding them above the band": replace(_SMALL, inner_share=0.0),
-    "every ingredient from the start": replace(_SMALL, facts_share=0.0, restart_share=0.0, restart_rate=1.0),
+    "every ingredient from the start": replace(_SMALL, facts_share=0.0, restarts=()),
 }
 """Name -> recipe; 40 people with five attributes and 40 athletes, 240 facts."""
 

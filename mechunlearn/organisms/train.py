@@ -14,7 +14,7 @@ Once the facts are known, after `facts_share` of the training (before that, they
   (embeddings, attention, MLP 0) is taken out of the stream at the names;
 - `block_share`: tokens after a name attend only to its last token.
 
-From the second fall of the learning rates on:
+From the first of `restarts` on, where the learning rates fall anew:
 
 - `inner_share`: above the band no token attends to a name's inner tokens, not even the name's last one: it must have
   looked the facts up itself, not gather what the others did.
@@ -26,6 +26,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,13 @@ class Recipe:
     n_heads: int = 4
     vocab_size: int = 2048
     context: int = 256
-    tokens: int = 13_824_000
+    tokens: int = 16_896_000
     rows: int = 16
     length: int = 96
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
-    restart_share: float = 2 / 3
-    """So much of the training is one linear decay of the learning rates, the rest one from `restart_rate` of them."""
-    restart_rate: float = 0.4
+    restarts: tuple[tuple[float, float], ...] = ((6 / 11, 0.4), (9 / 11, 0.3))
+    """(share of the steps, share of the learning rates): these fall linearly to 2 %, and again from each of these."""
     band_end: int = 3
     drop_share: float = 0.7
     late_share: float = 0.9
@@ -67,7 +67,7 @@ class Recipe:
     wait_share: float = 0.75
     block_share: float = 0.5
     inner_share: float = 0.75
-    facts_share: float = 1 / 3
+    facts_share: float = 3 / 11
     datasets: tuple[str, ...] = BUNDLED
     subjects: int | None = None
     """Only that many subjects of each data set, for small trials."""
@@ -85,20 +85,23 @@ class Recipe:
         return self.tokens // (self.rows * self.length)
 
     def decay(self, step: int) -> float:
-        """Share of the learning rates at a step: falls linearly to 2 % twice."""
-        first = step < self.restart
-        begin, end, top = (0, self.restart, 1.0) if first else (self.restart, self.steps, self.restart_rate)
+        """Share of the learning rates at a step."""
+        falls = [(0, 1.0), *((self._at(share), rate) for share, rate in self.restarts), (self.steps, 0.0)]
+        (begin, top), (end, _) = next((fall, after) for fall, after in pairwise(falls) if step < after[0])
         return max(0.02, top * (1 - (step - begin) / (end - begin)))
 
+    def _at(self, share: float) -> int:
+        return round(share * self.steps)
+
     @property
-    def restart(self) -> int:
-        """The step at which the learning rates start to fall again."""
-        return round(self.restart_share * self.steps)
+    def last_name_steps(self) -> int:
+        """The first step of the third part."""
+        return self._at(self.restarts[0][0]) if self.restarts else 0
 
     @property
     def facts_steps(self) -> int:
         """The first step of the second part."""
-        return int(self.facts_share * self.steps)
+        return self._at(self.facts_share)
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -154,7 +157,9 @@ def training_masks(rows: Rows, recipe: Recipe, step: int) -> TrainingMasks:
     following = torch.cat([mention[:, 1:], mention.new_zeros(n_rows, 1)], dim=1)
     inner = is_name & (mention == following)  # name tokens that are not the last of their mention
     blocked = rows_with(recipe.block_share, recipe.facts_steps)[..., None] & inner[:, None, :] & elsewhere
-    lone = rows_with(recipe.inner_share, recipe.restart)[..., None] & inner[:, None, :] & ~torch.eye(length).bool()
+    lone = (
+        rows_with(recipe.inner_share, recipe.last_name_steps)[..., None] & inner[:, None, :] & ~torch.eye(length).bool()
+    )
     causal = torch.ones(length, length, dtype=torch.bool).tril()
 
     def additive(allowed: Tensor) -> Tensor:

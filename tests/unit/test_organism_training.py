@@ -16,7 +16,7 @@ from mechunlearn.organisms.train import Recipe, Trainer, train, training_masks
 TINY = Recipe(n_layers=4, d_model=32, d_mlp=48, n_heads=2, rows=4, length=48, tokens=4 * 48 * 6, band_end=1, subjects=8)
 NO_SHARES = {
     "drop_share": 0.0, "late_share": 0.0, "first_share": 0.0, "wait_share": 0.0, "block_share": 0.0, "inner_share": 0.0,
-    "facts_share": 0.0, "restart_share": 0.0,
+    "facts_share": 0.0, "restarts": (),
 }  # fmt: skip
 
 
@@ -126,12 +126,17 @@ def test_facts_come_first_then_formats_and_the_other_devices(tokenizer):
     assert not torch.equal(after.attention, after.attention_in_band)
 
 
-def test_learning_rates_fall_twice():
-    recipe = Recipe(tokens=900 * 16 * 96)
+def test_learning_rates_fall_to_two_percent_and_again_from_every_restart():
+    recipe = Recipe(tokens=1100 * 16 * 96)
     rates = [recipe.decay(step) for step in range(recipe.steps)]
-    assert (len(rates), rates[0], rates[300], rates[600]) == (900, 1.0, 0.5, 0.4)
-    assert all(a >= b for part in (rates[:600], rates[600:]) for a, b in pairwise(part))
-    assert min(rates) == 0.02
+    assert (len(rates), recipe.facts_steps, recipe.last_name_steps) == (1100, 300, 600)
+    assert [rates[step] for step in (0, 300, 600, 750, 900)] == pytest.approx([1.0, 0.5, 0.4, 0.2, 0.3])
+    falls = (rates[:600], rates[600:900], rates[900:])
+    assert all(a >= b for fall in falls for a, b in pairwise(fall))
+    assert [min(fall) for fall in falls] == [0.02] * 3
+    once = replace(recipe, restarts=())
+    assert once.last_name_steps == 0
+    assert once.decay(550) == 0.5
 
 
 def trainer(tokenizer) -> Trainer:
