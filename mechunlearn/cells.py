@@ -45,6 +45,8 @@ class CellTask:
     editor: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     """Editor options of this cell alone."""
+    seed: int = 0
+    """Of its editor."""
     key: str = ""
     """Hash of everything that decides the result."""
 
@@ -73,8 +75,8 @@ class Judged:
 
 
 @cache
-def _load(name: str, device: str, dtype: Any) -> Model:
-    """One model object a process and name: every use of it restores it bit for bit."""
+def loaded(name: str, *, device: str, dtype: Any) -> Model:
+    """One model object a process and name, until the run ends: every use of it restores it bit for bit."""
     return load_model(name, device=device, dtype=dtype)
 
 
@@ -82,19 +84,19 @@ def warm_up(settings: Settings) -> None:
     """Load a run's models in a fresh worker process."""
     for name in dict.fromkeys((settings.model, settings.twin, settings.second_twin)):
         if name:
-            _load(name, settings.device, settings.dtype)
+            loaded(name, device=settings.device, dtype=settings.dtype)
 
 
 def judge(task: CellTask, split: FactSplit, settings: Settings) -> Judged:
     """Edit, evaluate and attack one cell and its twin.
 
-    The null is the twin put through the same edit and the same attacks. Where an edit trains one wrong answer in, it is
-    dropped from the candidates on all sides.
+    The null is the twin put through the same edit and the same attacks. For an arm, the wrong answers (`target_new`)
+    are dropped from the candidates on all sides, whichever its editor; controls are judged among all candidates.
     """
     started = time.monotonic()
-    model = _load(task.model, settings.device, settings.dtype)
-    twin = _load(task.twin, settings.device, settings.dtype) if task.twin else None
-    original = _load(task.original, settings.device, settings.dtype)
+    model = loaded(task.model, device=settings.device, dtype=settings.dtype)
+    twin = loaded(task.twin, device=settings.device, dtype=settings.dtype) if task.twin else None
+    original = loaded(task.original, device=settings.device, dtype=settings.dtype)
     edit, acceptance = _edit(task, model, split, settings)
     drop = task.role == "arm"  # the suppressed model must be at chance among all candidates
     baseline = take_baseline(original, split)
@@ -158,12 +160,13 @@ def _edit(
 ) -> tuple[WeightEdit | None, Acceptance | None]:
     """The cell's edit, made on this model; the same options on the original and on the twin."""
     if task.role == "suppressed":
-        made = suppress_with_lora(model, split, **settings.suppress, seed=settings.seed)
+        own: dict[str, Any] = {**settings.suppress, "seed": task.seed}
+        made = suppress_with_lora(model, split, **own)
         return made.edit, made.acceptance
     if task.editor is None:
         return None, None
     mask = mask_of(model, [Component.parse(name) for name in task.components])
-    options = settings.options("edit", task.editor) | dict(task.options) | {"seed": settings.seed}
+    options = settings.options("edit", task.editor) | dict(task.options) | {"seed": task.seed}
     return EDITORS.get(task.editor).function(model, mask, split, **options), None
 
 
@@ -196,16 +199,22 @@ def _mean_p_true(model: Model, split: FactSplit, drop_targets: bool) -> float:
 
 
 def _guessing(split: FactSplit, drop_targets: bool) -> tuple[float, ...]:
-    """For every hidden fact the share of its relation's commonest answer, or chance if that is more.
+    """For every hidden fact the share of its relation's hidden facts with the commonest answer known, or chance.
 
-    What a model that knows nothing but how common answers are can get, and any attack that trains teaches that.
+    What a model that knows nothing but how common answers are can get, and any attack that trains teaches that; the
+    larger of the two. The commonest answer is counted on the other facts alone: hidden ones do not set their own null.
     """
-    answers: dict[str, list[str]] = {}
-    for fact in (*split.forget_shown, *split.attack_dev, *split.retain_train, *split.forget_hidden):
-        answers.setdefault(fact.relation, []).append(fact.target_true)
-    commonest = {name: max(Counter(given).values()) / len(given) for name, given in answers.items()}
+    known: dict[str, Counter[str]] = {}
+    for fact in (*split.forget_shown, *split.attack_dev, *split.retain_train):
+        known.setdefault(fact.relation, Counter())[fact.target_true] += 1
+    hidden = Counter(fact.relation for fact in split.forget_hidden)
+    right = Counter(
+        fact.relation
+        for fact in split.forget_hidden
+        if fact.relation in known and fact.target_true == known[fact.relation].most_common(1)[0][0]
+    )
     return tuple(
-        max(commonest[fact.relation], 1 / len(candidates(fact, drop_targets=drop_targets)))
+        max(right[fact.relation] / hidden[fact.relation], 1 / len(candidates(fact, drop_targets=drop_targets)))
         for fact in split.forget_hidden
     )
 

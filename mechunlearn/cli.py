@@ -115,7 +115,7 @@ def edit(
         export=export, device=device, out=out,
     )  # fmt: skip
     _print_frame(table, title=f"{method}: before and after")
-    console.print(f"edit: {escape(str(out / 'edit'))}")
+    console.print(f"edit: {escape(str(out / 'edit.safetensors'))}")
 
 
 @app.command()
@@ -147,7 +147,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A finished run's folder.
 @app.command(name="list")
 def list_(
     stage: Annotated[
-        str | None, typer.Argument(help="localizers, editors, attacks, sources, presets or models.")
+        str | None, typer.Argument(help="localizers, editors, attacks, sources, presets, models or forget sets.")
     ] = None,
 ) -> None:
     """List methods, presets, bundled models and forget sets."""

@@ -173,6 +173,7 @@ class ComponentScores:
         os.close(handle)
         try:
             save_file({"per_fact": self.per_fact}, temporary, metadata={"record": text})
+            os.chmod(temporary, 0o644)  # mkstemp's is for its owner alone
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)

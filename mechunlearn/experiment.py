@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from mechunlearn.cells import CellTask, Judged, conclude, demonstrated, judge, warm_up
+from mechunlearn.cells import CellTask, Judged, conclude, demonstrated, judge, loaded, warm_up
 from mechunlearn.checkpoints import choose_device, load_model
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.evidence import PositiveControl
@@ -29,6 +29,7 @@ from mechunlearn.masks import ParameterMask, mask_of, n_localizable, random_mask
 from mechunlearn.metrics import known_facts
 from mechunlearn.models import Model
 from mechunlearn.organisms.forget_sets import load_forget_set
+from mechunlearn.prompts import candidates
 from mechunlearn.runs import Cell, Run, whole_folder
 from mechunlearn.settings import ArmSettings, FactsSettings, Settings
 from mechunlearn.sources.loading import load_facts
@@ -75,22 +76,28 @@ def choose_facts(settings: FactsSettings) -> tuple[FactSet, tuple[Fact, ...]]:
     return facts, balanced_sample(pool, n) if n else pool.facts
 
 
-def prepare(settings: Settings) -> Stage:
-    """Load models and facts, keep what the original knows, and deal the split."""
+def prepare(settings: Settings, *, load: Callable[..., Model] = load_model) -> Stage:
+    """Load models and facts, keep what the original knows, and deal the split.
+
+    Raises:
+        ValueError: nothing to forget is known, or facts that cannot be judged once an answer is injected.
+    """
     facts, forget = choose_facts(settings.facts)
-
-    def load(name: str) -> Model:
-        return load_model(name, device=settings.device, dtype=settings.dtype)
-
-    model = load(settings.model)
-    twin = load(settings.twin) if settings.twin else None
-    second = load(settings.second_twin) if settings.second_twin else None
+    names = (settings.model, settings.twin, settings.second_twin)
+    model, twin, second = (load(name, device=settings.device, dtype=settings.dtype) if name else None for name in names)
+    assert model is not None
     known = {fact.key for fact in known_facts(model, facts, threshold=settings.facts.known)}
     if not (kept := [fact for fact in forget if fact.key in known]):
         raise ValueError(
             f"{settings.model} knows none of the {len(forget)} facts to forget; choose facts that it knows"
         )
     targeted = with_edit_targets(kept, seed=settings.seed)
+    few = [fact for fact in targeted if len(candidates(fact, drop_targets=True)) < 2]
+    if settings.arms and few:
+        raise ValueError(
+            f"{len(few)} facts to forget, first {few[0].key}, have two candidate answers, which leaves none to compare "
+            "with once one is injected; add choices, or leave these facts out"
+        )
     split = split_facts(
         facts.where(lambda fact: fact.key in known), targeted,
         folds=settings.facts.folds, fold=settings.facts.fold, seed=settings.seed,
@@ -107,9 +114,7 @@ def localize(stage: Stage, name: str, *, seed: int | None = None) -> ComponentSc
     options = stage.settings.options("localize", name)
     takes = inspect.signature(method.function).parameters
     if "seed" in takes:
-        options["seed"] = (
-            stage.settings.seed + (seed or 0) if seed is not None or not options.get("seed") else options["seed"]
-        )
+        options["seed"] = seed if seed is not None else options.get("seed") or stage.settings.seed
     if "twin" in takes:
         options["twin"] = stage.twin
     return method.function(stage.model, stage.split.forget, **options)
@@ -132,13 +137,21 @@ def choose_masks(stage: Stage, scores: Mapping[str, ComponentScores]) -> dict[st
         if leading is None or arm.budget or arm.kinds:
             masks[arm.name] = _selected(stage, arm, localize(stage, arm.localizer, seed=seed))
         elif arm.localizer == "random_components":
-            drawn = localize(stage, arm.localizer, seed=seed)
-            masks[arm.name] = select_components(
-                drawn, stage.model, budget=leading.n_selected, kinds=("mlp", "attention")
-            )
+            masks[arm.name] = _filled(stage.model, localize(stage, arm.localizer, seed=seed), leading.n_selected)
         else:
             masks[arm.name] = random_mask_like(leading, stage.model, seed=seed)
     return {arm.name: masks[arm.name] for arm in arms}
+
+
+def _filled(model: Model, drawn: ComponentScores, budget: int) -> ParameterMask:
+    """Sublayers in the drawn order, each that still fits, so that the mask is as near to the budget as may be."""
+    chosen: list[Component] = []
+    for component in drawn.ranking():
+        if mask_of(model, [*chosen, component]).n_selected <= budget:
+            chosen.append(component)
+    if not chosen:
+        raise ValueError(f"random_components: no sublayer is as small as the {budget} weights of the first arm")
+    return mask_of(model, chosen)
 
 
 def _selected(stage: Stage, arm: ArmSettings, scores: ComponentScores) -> ParameterMask:
@@ -163,11 +176,12 @@ def run_experiment(
     """
     started = time.monotonic()
     with _pool(settings) as pool:
-        stage = prepare(settings)
+        stage = prepare(settings, load=loaded)
         arms = [arm.localizer for arm in settings.arms if arm.localizer not in MATCHED_CONTROLS]
         wanted = list(dict.fromkeys([*settings.localize, *arms, EXACT]))
         total = len(wanted) + 4 * (len(settings.arms) + 3)
         bench = _Bench(stage=stage, folder=folder / "cells", pool=pool, fresh=fresh)
+        (folder / "manifest.json").unlink(missing_ok=True)  # from here on the folder may hold cells of two runs
         bench.start(_control_tasks(stage))  # these need no localizer: workers begin with them
         scores: dict[str, ComponentScores] = {}
         for i, name in enumerate(wanted):
@@ -190,7 +204,10 @@ def _pool(settings: Settings) -> Iterator[Executor | None]:
     machine cost more than they bring.
     """
     if settings.workers == 1 or choose_device(settings.device).type == "cuda":
-        yield None
+        try:
+            yield None
+        finally:
+            loaded.cache_clear()
         return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -205,6 +222,7 @@ def _pool(settings: Settings) -> Iterator[Executor | None]:
         finally:
             torch.set_num_threads(threads)
             pool.shutdown(cancel_futures=True)
+            loaded.cache_clear()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -232,7 +250,8 @@ class _Bench:
         """An earlier arm that makes the very same edit, because two localizers chose the same components."""
         for other in self.tasks[: self.tasks.index(task)]:
             same = all(
-                getattr(other, name) == getattr(task, name) for name in ("role", "editor", "components", "options")
+                getattr(other, name) == getattr(task, name)
+                for name in ("role", "editor", "components", "options", "seed")
             )
             if same and task.role == "arm":
                 return other
@@ -276,7 +295,7 @@ class _Bench:
 def _control_tasks(stage: Stage) -> list[CellTask]:
     """What is judged whatever is edited: the original, the positive control, another twin."""
     settings = stage.settings
-    common: dict[str, Any] = {"twin": settings.twin, "original": settings.model}
+    common: dict[str, Any] = {"twin": settings.twin, "original": settings.model, "seed": settings.seed}
     tasks = [CellTask(name="original", role="original", model=settings.model, **common)]
     if settings.suppressed_control:
         tasks.append(CellTask(name="suppressed", role="suppressed", model=settings.model, **common))
@@ -292,7 +311,7 @@ def _arm_tasks(stage: Stage, masks: Mapping[str, ParameterMask]) -> list[CellTas
         CellTask(
             name=arm.name, role="arm", model=settings.model, twin=settings.twin, original=settings.model,
             components=tuple(str(component) for component in masks[arm.name].components), localizer=arm.localizer,
-            editor=arm.editor, options=arm.options,
+            editor=arm.editor, options=arm.options, seed=settings.seed + (arm.seed or 0),
         )
         for arm in settings.arms
     ]  # fmt: skip
@@ -315,10 +334,10 @@ def _reuse(folder: Path, key: str) -> Cell | None:
 
 
 def _agreements(scores: Mapping[str, ComponentScores]) -> pd.DataFrame:
-    """Every localizer against the exact effect of each MLP at the subject."""
+    """Every localizer, at the subject where it tells tokens apart, against the exact effect of each MLP there."""
     exact = scores[EXACT].at("subject")
     rows = [
-        {"a": name, "b": f"{EXACT} at the subject"} | agreement(given, exact)
+        {"a": name, "b": f"{EXACT} at the subject"} | agreement(_at_subject(given), exact)
         for name, given in scores.items()
         if name != EXACT and len(set(given.values)) > 1
     ]
@@ -336,10 +355,15 @@ def _summary(scores: Mapping[str, ComponentScores], agreements: pd.DataFrame) ->
         where = f"; band none ({given.notes['band_reason']})" if band == "none" else where
         same = round(row["top_k_recall"] * row["k"])
         lines.append(
-            f"{row['a']}: highest {_highest(given)}{where}; against the exact effect: Spearman {row['spearman']:.2f}, "
-            f"{same} of the top {row['k']} the same"
+            f"{row['a']}: highest {_highest(given)}{where}; MLPs at the subject against the exact effect: Spearman "
+            f"{row['spearman']:.2f}, {same} of the top {row['k']} the same"
         )
     return lines
+
+
+def _at_subject(scores: ComponentScores) -> ComponentScores:
+    roles = [role for role in scores.roles if role.startswith("subject")]
+    return scores.at(*roles) if roles else scores
 
 
 def _highest(scores: ComponentScores, n: int = 3) -> str:
@@ -382,10 +406,11 @@ def _write(
     with whole_folder(folder / "scores") as partial:
         for name, given in scores.items():
             given.save(partial / f"{name}.safetensors")
-    agreements.to_csv(folder / "agreement.csv", index=False)
-    partial = folder / "manifest.partial"
-    partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / "manifest.json")
+    written = {"agreement.csv": agreements.to_csv(index=False), "manifest.json": json.dumps(manifest, indent=1) + "\n"}
+    for name, text in written.items():
+        partial = folder / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(folder / name)
 
 
 def plan_experiment(settings: Settings) -> dict[str, pd.DataFrame]:

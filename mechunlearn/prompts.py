@@ -155,16 +155,6 @@ def encode_answers(model: Model, answers: Iterable[str]) -> dict[str, tuple[int,
     return ids
 
 
-def locate_subject(model: Model, prompt: str, subject: str) -> tuple[int, int]:
-    """First and last token position of the subject in the encoded prompt, both inclusive.
-
-    Raises:
-        ValueError: the subject is not in the prompt, or the tokenizer gives no offsets.
-    """
-    _, offsets = _offsets(model, prompt)
-    return _span(prompt, subject, offsets)
-
-
 def token_roles(model: Model, prompt: str, subject: str) -> tuple[list[int], tuple[str, ...]]:
     """Token ids of the prompt and the role of each (components.ROLES).
 

@@ -137,8 +137,8 @@ class Registry:
         """All methods, sorted by name."""
         return tuple(self._methods[name] for name in self.names())
 
-    def attribute(self, name: str) -> Callable[..., Any]:
-        """What a package's `__getattr__` returns: the registered function, or AttributeError as Python expects."""
+    def attribute(self, name: str) -> Any:
+        """What a package's `__getattr__` returns: the function or else the file of that name, or AttributeError."""
         if not name.startswith("_"):
             if name not in self._methods:
                 self._import(name)
@@ -146,6 +146,8 @@ class Registry:
                 self._import_all()
             if name in self._methods:
                 return self._methods[name].function
+            if module := sys.modules.get(f"{self.package}.{name}"):  # a file beside the methods, imported on the way
+                return module
         raise AttributeError(f"module {self.package!r} has no attribute {name!r}")
 
     def _import(self, name: str) -> None:

@@ -53,6 +53,7 @@ class ArmSettings(_Strict):
     budget: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1)] | None = None
     kinds: list[Literal["mlp", "attention", "head"]] | None = None
     seed: int | None = None
+    """Added to the run's for this arm: its editor's, and its draw where the localizer is a random control."""
     options: Options = {}
     """Options of the editor for this arm alone, over those of [edit]: to meet the others at equal damage."""
 
@@ -115,6 +116,8 @@ class Settings(_Strict):
     def _known_arms(cls, arms: list[ArmSettings]) -> list[ArmSettings]:
         for arm in arms:
             LOCALIZERS.get(arm.localizer)
+            if managed := {"seed", "drop_targets"} & set(arm.options):
+                raise ValueError(f"arm {arm.name!r}: option {min(managed)!r} is not its editor's; set the arm's `seed`")
             EDITORS.get(arm.editor).validate(arm.options)
         names = [arm.name for arm in arms]
         if repeated := {name for name in names if names.count(name) > 1}:
@@ -162,7 +165,20 @@ def load_settings(name_or_path: str | Path, changes: Mapping[str, Any] | None = 
             if not isinstance(table, dict):
                 raise ValueError(f"--set: got {key!r}, but {name!r} is not a table; change it in a TOML file")
         table[last] = value
+    _refuse_what_a_run_sets(data, str(path))
     return check_settings(data, str(path))
+
+
+def _refuse_what_a_run_sets(data: Mapping[str, Any], where: str, key: str = "") -> None:
+    """Seeds and `drop_targets` of editors, attacks, evaluation and controls follow from the run."""
+    for name, value in data.items():
+        here = f"{key}.{name}".removeprefix(".")
+        if name in ("seed", "drop_targets") and here.partition(".")[0] in ("edit", "attack", "evaluate", "suppress"):
+            raise ValueError(
+                f"{where}: key '{here}': a run sets it; allowed: `seed` at the top of the file, or of an arm"
+            )
+        if isinstance(value, Mapping):
+            _refuse_what_a_run_sets(value, where, here)
 
 
 def check_settings(data: dict[str, Any], where: str) -> Settings:

@@ -82,9 +82,9 @@ def edit(
         mask = select_components(ComponentScores.load(scores or ""), stage.model, budget=budget)
     made = EDITORS.get(method).function(stage.model, mask, stage.split, **stage.settings.options("edit", method))
     baseline = take_baseline(stage.model, stage.split)
-    before = evaluate(stage.model, stage.split, original=baseline).table()
+    before = evaluate(stage.model, stage.split, original=baseline, drop_targets=True).table()
     with applied(stage.model, made):
-        after = evaluate(stage.model, stage.split, original=baseline).table()
+        after = evaluate(stage.model, stage.split, original=baseline, drop_targets=True).table()
     with whole_folder(out) as folder:
         save_edit(made, folder / "edit.safetensors")
         after.to_csv(folder / "evaluation.csv", index=False)
@@ -97,9 +97,12 @@ def edit(
 def attack(
     model: str, facts: str, method: str, options: Mapping[str, Any], *, edit_folder: Path | None, device: str, out: Path
 ) -> pd.DataFrame:
-    """Attack a model, edited if an edit is given; writes the attack's record and rows."""
+    """Attack a model, edited if an edit is given; writes the attack's record and rows.
+
+    As in a run, an edit's wrong answers are dropped from the candidates unless the options say otherwise.
+    """
     replaceable(out)
-    stage = _stage(model, facts, device=device, attack={method: dict(options)})
+    stage = _stage(model, facts, device=device, attack={method: {"drop_targets": edit_folder is not None, **options}})
     with ExitStack() as stack:
         if edit_folder is not None:
             path = edit_folder / "edit.safetensors" if edit_folder.is_dir() else edit_folder

@@ -12,7 +12,7 @@ from torch import Tensor
 from mechunlearn.attack import ATTACKS
 from mechunlearn.attack.results import AttackResult, Health, fact_rows
 from mechunlearn.edit.losses import Forms, Term, answer_loss, batches, fact_tokens, joined, weighted_sum
-from mechunlearn.edit.training import Trainable, lora_trainable, masked_trainable, substituted, train
+from mechunlearn.edit.training import Diverged, Trainable, lora_trainable, masked_trainable, substituted, train
 from mechunlearn.facts import Fact, FactSplit
 from mechunlearn.masks import mask_of
 from mechunlearn.metrics import perplexity, score_facts
@@ -48,7 +48,7 @@ def relearning(
     model: Model,
     split: FactSplit,
     *,
-    learning_rates: Annotated[Sequence[float], Field(min_length=1)] = (3e-4, 1e-3, 2e-3),
+    learning_rates: Annotated[Sequence[Annotated[float, Field(gt=0)]], Field(min_length=1)] = (3e-4, 1e-3, 2e-3),
     kinds: Annotated[Sequence[Kind], Field(min_length=1)] = ("full", "lora"),
     steps: Annotated[int, Field(ge=0)] = 60,
     eval_every: Annotated[int, Field(ge=1)] = 15,
@@ -123,10 +123,12 @@ def relearning(
             look(0)
             try:
                 train(model, trainable, weighted_sum(terms), steps=steps, learning_rate=learning_rate, on_step=look)
-            except ValueError as error:  # diverged: the checkpoints before it still stand
+            except Diverged as error:  #: the checkpoints before it still stand
                 failed[setting] = str(error)
             if not best or max(c.rank for c in found) > max(c.rank for c in best):
                 best = found
+    if len(failed) == len(dev_curves):
+        raise ValueError(f"relearning: every setting diverged, first {next(iter(failed.values()))}")
     chosen = max(best, key=lambda checkpoint: checkpoint.rank)
     again = _trainable(model, chosen.setting.partition(" ")[0], rank, seed)
     rows = _score_hidden(model, split, again, best, drop_targets)

@@ -84,7 +84,6 @@ def suppress_with_lora(
     steps: Annotated[int, Field(ge=0)] = 100,
     learning_rate: Annotated[float, Field(gt=0)] = 1e-2,
     batch_size: Annotated[int, Field(ge=1)] = 32,
-    n_wrong: Annotated[int, Field(ge=1)] = 4,
     retain_weight: Annotated[float, Field(ge=0)] = 4.0,
     text_weight: Annotated[float, Field(ge=0)] = 0.5,
     forms: Forms = "all",
@@ -102,7 +101,6 @@ def suppress_with_lora(
 
     Args:
         layer_share: share of the layers that are changed, counted from the end; at least one layer.
-        n_wrong: wrong answers a fact, taught in equal shares; a fact with `target_new` is taught that one alone.
         forms: "all" also hides the paraphrases; with "prompt" asking otherwise would give the facts away.
         max_facts: facts (of each part) that acceptance is measured on.
         seed: of wrong answers, batches and the low-rank start.
@@ -115,8 +113,7 @@ def suppress_with_lora(
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "split")}
     layers = range(model.n_layers - max(1, round(layer_share * model.n_layers)), model.n_layers)
-    wrong = [fact for i in range(n_wrong) for fact in with_edit_targets(split.forget, seed=seed + i)]
-    wrong = list(dict.fromkeys(wrong))
+    wrong = with_edit_targets(split.forget, seed=seed)
     kept = fact_tokens(model, near_and_far(split.retain_train, split.forget), forms=forms)
     taught = fact_tokens(model, wrong, answer="target_new", forms=forms)
     passages = text_tokens(model, neutral_text(64, seed=seed))

@@ -135,6 +135,7 @@ def save_edit(edit: WeightEdit, path: str | Path) -> None:
     os.close(handle)
     try:
         save_file(tensors, temporary, metadata={"record": text})
+        os.chmod(temporary, 0o644)  # mkstemp's is for its owner alone
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -181,16 +181,6 @@ def log_1_minus_p(
     return -(log_miss * (log_p.detach().sum(-1) >= HARMBENCH_FLOOR)).mean()
 
 
-def kl_loss(
-    logits: Float[Tensor, "row kept d_vocab"],
-    reference: Float[Tensor, "row kept d_vocab"],
-    counts: Bool[Tensor, "row kept"],
-) -> Float[Tensor, ""]:
-    """Mean over counted tokens of KL(reference || model), both given as logits. Nats per token, at least 0."""
-    before, after = reference.log_softmax(-1), logits.log_softmax(-1)
-    return ((before.exp() * (before - after)).sum(-1) * counts).sum() / counts.sum()
-
-
 def _token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
 

@@ -17,6 +17,12 @@ from mechunlearn.masks import ParameterMask
 from mechunlearn.models import Model, component_parameters
 
 Schedule = Literal["cosine", "constant"]
+
+
+class Diverged(ValueError):
+    """A loss that is not finite."""
+
+
 Forward = Callable[[Int[Tensor, "row pos"], Int[Tensor, " kept"]], Float[Tensor, "row kept d_vocab"]]
 """(token ids padded on the right, positions whose logits are wanted) -> logits in float32."""
 
@@ -35,11 +41,6 @@ class Trainable:
     def overrides(self) -> dict[str, Tensor]:
         """Parameter name -> tensor in the model's dtype that stands in for it, differentiable in the leaves."""
         return self.compute(self.leaves)
-
-    @property
-    def n_parameters(self) -> int:
-        """Number of trained numbers."""
-        return sum(leaf.numel() for leaf in self.leaves.values())
 
 
 def masked_trainable(model: Model, mask: ParameterMask) -> Trainable:
@@ -120,7 +121,6 @@ def train(
     steps: int,
     learning_rate: float,
     schedule: Schedule = "cosine",
-    weight_decay: float = 0.0,
     clip: float = 1.0,
     accumulation: int = 1,
     on_step: Callable[[int], object] | None = None,
@@ -133,7 +133,6 @@ def train(
     Args:
         loss: called `accumulation` times a step with the number of the call and a `Forward`; the mean is minimised.
         schedule: "cosine" falls from `learning_rate` to 0 after the last step.
-        weight_decay: pulls the leaves themselves towards 0, so leave it at 0 for masked leaves.
         clip: largest norm of the gradient over all leaves.
         on_step: called with the number of steps done, after each; may look at the model `substituted` with the
             current `trainable.overrides()`.
@@ -142,7 +141,7 @@ def train(
         The loss of each step, taken before its update.
 
     Raises:
-        ValueError: a loss that is not finite.
+        Diverged: a loss that is not finite; a ValueError.
     """
     if steps < 0 or accumulation < 1 or not learning_rate > 0:
         raise ValueError(
@@ -152,7 +151,7 @@ def train(
     leaves = list(trainable.leaves.values())
     if not leaves or not steps:
         return ()
-    optimizer = torch.optim.AdamW(leaves, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(leaves, lr=learning_rate, weight_decay=0.0, fused=True)
     shape = _cosine if schedule == "cosine" else _constant
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: shape(done / steps))
     history: list[float] = []
@@ -164,9 +163,7 @@ def train(
                 value.backward()
                 total += float(value.detach())
             if not math.isfinite(total):
-                raise ValueError(
-                    f"training: the loss is {total} at step {step + 1} of {steps}; lower the learning_rate"
-                )
+                raise Diverged(f"training: the loss is {total} at step {step + 1} of {steps}; lower the learning_rate")
             nn.utils.clip_grad_norm_(leaves, clip)
             optimizer.step()
             scheduler.step()

@@ -48,7 +48,7 @@ def fact_lookup_probe(
 
     Args:
         twin: a model that never knew the facts; what its stream gives away is no lookup.
-        site: the subject's last token, or the mean over its tokens.
+        site: the subject's last token, or the mean over its tokens; the role of the scores is "subject_last" for both.
         folds: parts of the entities; each is held out once.
         margin: how far above every baseline the accuracy must come for a band to exist.
         draws: sets of control labels (labels shuffled over entities) that selectivity is taken against.

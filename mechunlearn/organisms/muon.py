@@ -28,8 +28,8 @@ def orthogonalise(matrices: Float[Tensor, "stack row col"], steps: int = 5) -> F
 class Muon(torch.optim.Optimizer):
     """Update = lr * sqrt(max(1, rows / cols)) * orthogonalise(gradient + momentum * buffer), Nesterov style."""
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -47,4 +47,4 @@ class Muon(torch.optim.Optimizer):
                     steps.append(parameter.grad + group["momentum"] * buffer)  # pyright: ignore[reportOptionalOperand]
                 scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for parameter, update in zip(parameters, orthogonalise(torch.stack(steps)), strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(scale * update)
+                    parameter.sub_(scale * update)

@@ -99,10 +99,12 @@ def layer_by_token(
     components: Sequence[Component],
     *,
     metric: str = "score",
+    limit: float | None = None,
 ) -> go.Figure:
     """Heat map of one prompt: what each component does at each token; zero is white.
 
     Args:
+        limit: where the colours end; give two maps the same to compare them. The largest absolute value if not given.
         tokens: as the tokenizer gives them; escaped, and told apart where they repeat.
         components: the rows from bottom to top.
 
@@ -119,7 +121,7 @@ def layer_by_token(
     figure = go.Figure(_signed(values, labels, names, hover))
     figure.update_xaxes(type="category", tickangle=-45 if len(tokens) > 8 else 0, showgrid=False)
     figure.update_yaxes(type="category", showgrid=False)
-    _diverging(figure, float(np.abs(values).max()), metric)
+    _diverging(figure, limit or float(np.abs(values).max()), metric)
     return styled(figure, "One prompt, token by token", height=200 + max(20 * len(names), 200))
 
 

@@ -9,7 +9,7 @@ from mechunlearn.attack.results import AttackResult, Health
 from mechunlearn.bench.suppressed import suppress_with_lora
 from mechunlearn.edit.edits import applied
 from mechunlearn.edit.losses import Term, answer_loss, batches, fact_tokens, weighted_sum
-from mechunlearn.edit.training import masked_trainable, train
+from mechunlearn.edit.training import Diverged, masked_trainable, train
 from mechunlearn.evidence import gather_evidence
 from mechunlearn.facts import FactSplit, with_edit_targets
 from mechunlearn.masks import mask_of
@@ -43,15 +43,20 @@ def knowing(tiny_model, tiny_facts):
 
 
 class Guarded:
-    """A split whose hidden facts may only be read once `allowed` says so."""
+    """A split whose hidden facts cannot be read; `passes` holds how often the model had been run when it was tried."""
 
     def __init__(self, split: FactSplit):
         self._split = split
-        self.reads = 0
+        self.passes: list[int] = []
+        self._run = 0
+
+    def count(self, *_: object) -> None:
+        """A forward hook."""
+        self._run += 1
 
     def __getattr__(self, name):
         if name in ("forget_hidden", "forget", "sha256"):
-            self.reads += 1
+            self.passes.append(self._run)
             raise PermissionError("hidden facts read")
         return getattr(self._split, name)
 
@@ -77,6 +82,7 @@ def test_an_attack_leaves_the_model_bit_identical_and_is_reproducible(name, know
 @pytest.mark.parametrize("name", sorted(QUICK))
 def test_hidden_facts_stay_unread_until_everything_is_chosen(name, knowing, tiny_split, monkeypatch):
     guarded = Guarded(tiny_split)
+    counting = knowing.hf.register_forward_hook(guarded.count)
     scored = []
     for module in (asking, relearning, probing):
         monkeypatch.setitem(
@@ -84,7 +90,9 @@ def test_hidden_facts_stay_unread_until_everything_is_chosen(name, knowing, tiny
         )
     with pytest.raises(PermissionError):
         RUN[name](knowing, guarded, **QUICK[name])
-    assert guarded.reads == 1
+    assert len(guarded.passes) == 1
+    counting.remove()
+    assert guarded.passes[0] >= QUICK[name].get("steps", 2)  # it had looked at other facts, or trained, before
     assert not scored
 
 
@@ -190,3 +198,14 @@ def test_a_suppressed_model_says_whether_it_was_accepted(knowing, tiny_split):
         accuracy = score_facts(knowing, tiny_split.forget_hidden)["correct"].mean()
     assert accuracy == pytest.approx(hidden.acceptance.direct_accuracy)
     assert knowing.sha256 == before
+
+
+def test_relearning_that_always_diverges_is_an_error_and_bad_rates_are_named(knowing, tiny_split, monkeypatch):
+    def diverges(*_: object, **__: object) -> None:
+        raise Diverged("training: the loss is nan at step 1 of 4; lower the learning_rate")
+
+    monkeypatch.setitem(relearning.__globals__, "train", diverges)
+    with pytest.raises(ValueError, match="every setting diverged"):
+        relearning(knowing, tiny_split, **QUICK["relearning"])
+    with pytest.raises(ValueError, match="learning_rates"):
+        ATTACKS.get("relearning").validate({"learning_rates": [-1e-3]})

@@ -15,7 +15,7 @@ from mechunlearn.edit import EDITORS
 from mechunlearn.edit.edits import WeightEdit, applied, export_edit, load_edit, save_edit
 from mechunlearn.edit.forget import forget
 from mechunlearn.edit.inject import inject
-from mechunlearn.edit.losses import answer_loss, answer_tokens, batches, kl_loss, log_1_minus_p, text_loss, text_tokens
+from mechunlearn.edit.losses import answer_loss, answer_tokens, batches, log_1_minus_p, text_loss, text_tokens
 from mechunlearn.edit.training import Forward, lora_trainable, masked_trainable, substituted, train
 from mechunlearn.facts import FactSplit, hash_facts, with_edit_targets
 from mechunlearn.metrics import score_facts
@@ -202,7 +202,7 @@ def test_optimizer_state_is_as_large_as_the_mask(tiny_model, monkeypatch):
     adamw = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(adamw(*a, **k)) or made[-1])
     trainable = masked_trainable(model, mask)
-    assert trainable.n_parameters == mask.n_selected
+    assert sum(leaf.numel() for leaf in trainable.leaves.values()) == mask.n_selected
     train(model, trainable, text_step(model), steps=1, learning_rate=1e-3)
     moments = [s[key].numel() for s in made[0].state.values() for key in ("exp_avg", "exp_avg_sq")]
     assert sum(moments) == 2 * mask.n_selected
@@ -316,10 +316,6 @@ def test_losses_equal_their_definitions():
     torch.testing.assert_close(text_loss(logits, tokens, counts), nll[counts].mean())
     expected = torch.where(row > 5, 0.0, -(1 - (-row.double()).exp()).log().float())
     torch.testing.assert_close(log_1_minus_p(logits, tokens, counts), expected.mean())
-    assert kl_loss(logits, logits, counts) == 0
-    other = torch.randn(3, 4, 9, generator=generator)
-    kl = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x) for x in (other, logits)))
-    torch.testing.assert_close(kl_loss(logits, other, counts), kl[counts].mean())
 
 
 def test_the_forget_loss_is_finite_for_a_certain_model_and_zero_once_forgotten():

@@ -19,7 +19,7 @@ from mechunlearn.metrics import (
 )
 from mechunlearn.models import Model, wrap_model
 from mechunlearn.organisms.corpus import Corpus, Piece, _fill
-from mechunlearn.prompts import ask, candidates, encode_answers, forms, locate_subject, render, token_roles
+from mechunlearn.prompts import ask, candidates, encode_answers, forms, render, token_roles
 
 PROMPTS = ("The colour of Bram is", "Cora Marlowe lives in the city of", "What", "Where is Hilda Okafor born? Answer:")
 CANDIDATES = (("red", "blue", "red blue"), ("Oslo", "Oslo Rome", "Oslo Rome Lima", "zebra"), ("is", "of"), ("A", "B"))
@@ -220,7 +220,8 @@ def test_roles_mark_exactly_the_subjects_tokens(tokenizer, tiny_model, prompt, s
     ids, roles = token_roles(model, prompt, subject)
     assert ids == model.tokenizer(prompt)["input_ids"]
     assert len(roles) == len(ids)
-    first, last = locate_subject(model, prompt, subject)
+    subject_at = [i for i, role in enumerate(roles) if role.startswith("subject")]
+    first, last = subject_at[0], subject_at[-1]
     assert model.tokenizer.decode(ids[first : last + 1]).strip() == subject
     assert roles[last] == "subject_last"
     assert roles[0] == "between"
@@ -232,7 +233,7 @@ def test_roles_mark_exactly_the_subjects_tokens(tokenizer, tiny_model, prompt, s
 
 def test_a_missing_subject_is_named(tiny_model):
     with pytest.raises(ValueError, match="'Nobody' is not in the prompt"):
-        locate_subject(tiny_model(), "The colour of Bram is", "Nobody")
+        token_roles(tiny_model(), "The colour of Bram is", "Nobody")
 
 
 def test_scoring_leaves_model_and_random_state_alone(tiny_model: Callable[..., Model], tiny_facts: FactSet):

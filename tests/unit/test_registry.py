@@ -122,7 +122,7 @@ def test_a_packages_attribute_is_the_function_before_and_after_its_file_is_impor
     __import__(f"{package}.first")
     __import__(f"{package}.second")
     assert (methods.first(), methods.second()) == ("first", "second")
-    assert methods.helpers.x == 1 if hasattr(methods, "helpers") else True
+    assert methods.helpers.x == 1
     with pytest.raises(AttributeError, match="no attribute 'third'"):
         _ = methods.third
 

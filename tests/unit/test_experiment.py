@@ -1,0 +1,117 @@
+"""What a run decides before and beside its cells: settings, nulls, controls, agreement."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mechunlearn import cells, experiment
+from mechunlearn.components import Component, ComponentScores
+from mechunlearn.experiment import choose_masks, prepare, run_experiment
+from mechunlearn.settings import check_settings, load_settings
+
+BASIC = {"name": "basic", "model": "atlas", "attack": {"asking": {}}, "suppressed_control": False}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[edit.inject]\nseed = 5",
+        "[attack.relearning]\ndrop_targets = true",
+        "[suppress]\nseed = 1",
+        "[evaluate]\nseed = 0",
+        "[[arms]]\nlocalizer = 'all_mlps'\noptions = { seed = 3 }",
+    ],
+)
+def test_what_a_run_sets_is_not_taken_from_its_tables(text, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(f'name = "x"\nmodel = "atlas"\n{text}\n')
+    with pytest.raises(ValueError, match=r"'seed'|seed|drop_targets") as refused:
+        load_settings(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_arms_with_seeds_are_edited_with_these_seeds(tiny_model):
+    arms = [{"localizer": "all_mlps", "seed": 1}, {"localizer": "all_mlps", "seed": 2}, {"localizer": "random_mlps"}]
+    settings = check_settings(BASIC | {"seed": 10, "arms": arms}, "test")
+    stage = replace_stage(settings, tiny_model())
+    masks = {arm.name: _mask(stage.model, "m1") for arm in settings.arms}
+    tasks = experiment._arm_tasks(stage, masks)
+    assert [task.seed for task in tasks] == [11, 12, 10]
+    bench = experiment._Bench(stage=stage, folder=None, pool=None, fresh=True, tasks=tasks)  # pyright: ignore[reportArgumentType]
+    assert [bench._same(task) for task in tasks] == [None] * 3
+
+
+def replace_stage(settings, model, split=None):
+    return experiment.Stage(
+        settings=settings, model=model, twin=None, second_twin=None, facts=None, split=split, n_unknown=0,  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
+
+
+def _mask(model, *names):
+    return experiment.mask_of(model, [Component.parse(name) for name in names])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_components_fill_the_size_of_the_first_arm_whatever_is_drawn(seed, tiny_model, tiny_split):
+    arms = [{"localizer": "attribution_patching", "kinds": ["attention"]}, {"localizer": "random_components"}]
+    settings = check_settings(BASIC | {"seed": seed, "mask": {"budget": 0.9}, "arms": arms}, "test")
+    model = tiny_model()
+    stage = replace_stage(settings, model, tiny_split)
+    scores = {"attribution_patching": experiment.localize(stage, "attribution_patching")}
+    leading, drawn = choose_masks(stage, scores).values()
+    sizes = [_mask(model, name).n_selected for name in ("m0", "a0")]
+    assert 0 < drawn.n_selected <= leading.n_selected
+    assert leading.n_selected - drawn.n_selected < min(sizes) or len(drawn.components) == 2 * model.n_layers
+
+
+def test_without_a_twin_the_null_guesses_the_commonest_answer_of_other_facts(tiny_split):
+    (hidden, *others), known = tiny_split.forget_hidden, tiny_split.forget_shown
+    alone = replace(hidden, relation="height", subject="Nobody Else")
+    commonest = replace(known[0], target_true="red")
+    split = replace(
+        tiny_split, forget_hidden=(replace(hidden, target_true="red"), replace(others[0], target_true="blue"), alone),
+        forget_shown=(commonest, commonest, replace(known[1], target_true="blue")), attack_dev=(), retain_train=(),
+    )  # fmt: skip
+    assert cells._guessing(split, False)[:2] == (0.5, 0.5)
+    assert cells._guessing(split, False)[2] == 1 / len(hidden.choices)  # its own answer tells nothing about it
+
+
+def test_localizers_are_compared_with_the_exact_effect_at_the_same_tokens():
+    components = tuple(Component("mlp", layer) for layer in range(4))
+
+    def scored(method: str, roles: tuple[str, ...], values) -> ComponentScores:
+        return ComponentScores(
+            method=method, metric="m", sign="s", components=components, roles=roles,
+            per_fact=np.array([values], dtype=float),
+        )  # fmt: skip
+
+    exact = scored("resample_ablation", ("subject", "last"), [[4, 0], [3, 0], [2, 0], [1, 9]])
+    given = scored("attribution_patching", ("subject_last", "last"), [[8, 0], [6, 0], [4, 0], [2, 99]])
+    found = experiment._agreements({"resample_ablation": exact, "attribution_patching": given})
+    assert found.loc[0, "spearman"] == pytest.approx(1)
+
+
+def test_facts_with_two_candidates_are_refused_before_anything_is_judged(tmp_path):
+    table = tmp_path / "facts.csv"
+    rows = [f"Person {i},likes,{{}} likes the colour,{c},red|blue" for i, c in enumerate(["red", "blue"] * 20)]
+    table.write_text("subject,relation,prompt,target_true,choices\n" + "\n".join(rows) + "\n")
+    settings = check_settings(
+        BASIC | {"facts": {"source": str(table), "known": 0.0}, "arms": [{"localizer": "all_mlps"}]}, "test"
+    )
+    with pytest.raises(ValueError, match="two candidate answers"):
+        prepare(settings)
+
+
+def test_an_interrupted_rerun_is_not_taken_for_a_finished_run(tmp_path, monkeypatch):
+    (tmp_path / "manifest.json").write_text(json.dumps({"of": "the run before"}))
+    settings = check_settings(BASIC | {"facts": {"forget": "world-64", "n": 16}}, "test")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment._Bench, "start", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(settings, tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
