@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import torch
@@ -30,7 +30,7 @@ from mechunlearn.metrics import known_facts
 from mechunlearn.models import Model
 from mechunlearn.organisms.forget_sets import load_forget_set
 from mechunlearn.prompts import candidates
-from mechunlearn.runs import Cell, Run, whole_folder
+from mechunlearn.runs import Cell, CellRole, Run, whole_folder
 from mechunlearn.settings import ArmSettings, FactsSettings, Settings
 from mechunlearn.sources.loading import load_facts
 from mechunlearn.statistics import chance_sd, facts_needed
@@ -182,12 +182,14 @@ def run_experiment(
         total = len(wanted) + 4 * (len(settings.arms) + 3)
         bench = _Bench(stage=stage, folder=folder / "cells", pool=pool, fresh=fresh)
         (folder / "manifest.json").unlink(missing_ok=True)  # from here on the folder may hold cells of two runs
-        bench.start(_control_tasks(stage))  # these need no localizer: workers begin with them
+        controls = _control_tasks(stage)
+        bench.start([task for task in controls if task.role != "twin"])  # these need no localizer: workers begin here
         scores: dict[str, ComponentScores] = {}
         for i, name in enumerate(wanted):
             on_progress(f"localizing: {name}", i, total)
             scores[name] = localize(stage, name)
         bench.start(_arm_tasks(stage, choose_masks(stage, scores)))
+        bench.start([task for task in controls if task.role == "twin"])  # the shortest last, to fill the gap at the end
         cells = bench.finish(lambda text, done: on_progress(text, len(wanted) + 4 * done, total))
     agreements = _agreements(scores)
     seconds = time.monotonic() - started
@@ -260,6 +262,7 @@ class _Bench:
     def finish(self, on_progress: Callable[[str, int], None]) -> tuple[Cell, ...]:
         """Wait for every cell, and save each as soon as the controls have shown the power of the attacks."""
         settings = self.stage.settings
+        self.tasks.sort(key=lambda task: get_args(CellRole).index(task.role))
         controls = tuple(
             PositiveControl(**{**control, "recovered_by": tuple(control["recovered_by"])})
             for cell in self.cells.values()

@@ -15,6 +15,7 @@ from mechunlearn.bench.readable import readable_attributes
 from mechunlearn.facts import Fact
 from mechunlearn.models import Model
 from mechunlearn.organisms.forget_sets import never_known
+from mechunlearn.statistics import exact_interval
 
 FEW = 20  # answers; attributes with at most so many must be readable by a linear probe
 WORST_OF = 20  # facts that a relation needs to be named as the worst
@@ -151,7 +152,8 @@ def _like_a_twin(
     open_forms = lost.loc[~lost["kind"].str.startswith("choice")]
     reached, n = float(open_forms["accuracy"].mean()), int(open_forms["n"].max())
     note = f"{reached:.3f}, mean over forms ({open_forms['accuracy'].min():.3f} to {open_forms['accuracy'].max():.3f})"
-    note += f"; {predictor}: {base:.3f}"
+    sure = exact_interval(round(base * n), n)
+    note += f"; {predictor}: {base:.3f} ({sure.lower:.3f} to {sure.upper:.3f}, as a share of {n})"
     yield difference(dataset, "twin: forgotten facts, distance from the base rate", abs(reached - base), n, note)
     both = kept.merge(original, on="kind", suffixes=("", " original")).query("kind != 'choice by letter alone'")
     apart = np.abs(both["accuracy"].to_numpy() - both["accuracy original"].to_numpy())

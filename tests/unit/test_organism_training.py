@@ -1,14 +1,19 @@
 """Training of organisms: what the masks hide, and that a killed training goes on."""
 
+import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from mechunlearn.checkpoints import model_folder
+from mechunlearn.organisms import sweep
+from mechunlearn.organisms.bundle import ORGANISMS
 from mechunlearn.organisms.corpus import Corpus, Rows, held_out_forms
 from mechunlearn.organisms.tokenizer import train_tokenizer
 from mechunlearn.organisms.train import Recipe, Trainer, train, training_masks
@@ -199,3 +204,16 @@ def test_the_devices_of_training_are_gone_from_the_finished_model(tokenizer):
     made.train_step()
     model = made.plain_model().eval()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ORGANISMS)
+def test_the_shipped_weights_are_of_the_present_recipe(name):
+    card = json.loads((model_folder(name) / "card.json").read_text())
+    assert card["recipe"] == json.loads(json.dumps(asdict(ORGANISMS[name][0])))
+
+
+def test_the_committed_sweep_is_of_the_present_recipes():
+    committed = pd.read_csv(Path(__file__).parents[2] / "figures" / "data" / "organism_sweep.csv")
+    assert dict(zip(committed["recipe"], committed["hash"], strict=True)) == {
+        name: sweep._hash(recipe) for name, recipe in sweep.RECIPES.items()
+    }
