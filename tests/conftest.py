@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach the hub
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, and what they start, have one thread each
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 import pytest
 import torch
