@@ -114,7 +114,7 @@ def edit(
         model, facts, method or "", _pairs(set_), scores=scores, components=components, budget=budget,
         export=export, device=device, out=out,
     )  # fmt: skip
-    _print_frame(table, title=f"{method}: before and after")
+    _print_frame(table, title=f"{method}: before and after; p_true is among the candidates without the injected answer")
     console.print(f"edit: {escape(str(out / 'edit.safetensors'))}")
 
 
