@@ -8,9 +8,7 @@ No torch here: names and numbers only.
 # pyright: reportUnknownArgumentType=false
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -22,6 +20,8 @@ import pandas as pd
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from mechunlearn.files import whole_file
 
 Kind = Literal["mlp", "attention", "head", "neuron"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -164,19 +164,11 @@ class ComponentScores:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file (numbers) with a JSON record in its header, all or nothing."""
-        path = Path(path)
         record = asdict(self) | {"components": [str(c) for c in self.components]}
         del record["per_fact"]
         text = json.dumps(record, allow_nan=False, sort_keys=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file({"per_fact": self.per_fact}, temporary, metadata={"record": text})
-            os.chmod(temporary, 0o644)  # mkstemp's is for its owner alone
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with whole_file(path) as partial:
+            save_file({"per_fact": self.per_fact}, partial, metadata={"record": text})
 
     @classmethod
     def load(cls, path: str | Path) -> "ComponentScores":

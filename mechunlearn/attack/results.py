@@ -1,7 +1,6 @@
 """What an attack brings back: one row a (fact, setting), before and after, and whether the attack can be believed."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from mechunlearn.facts import Fact
+from mechunlearn.files import whole_file
 
 # pandas has no complete types, so strict would complain on every line
 # pyright: standard
@@ -90,16 +90,12 @@ class AttackResult:
     def save(self, path: Path) -> None:
         """Write `path`.json and the rows beside it, `path`.rows.parquet and `path`.before.parquet."""
         for name, frame in (("rows", self.rows), ("before", self.before)):
-            target = path.with_name(f"{path.name}.{name}.parquet")
-            frame.to_parquet(target.with_suffix(".partial"), index=False)
-            os.replace(target.with_suffix(".partial"), target)
+            with whole_file(path.with_name(f"{path.name}.{name}.parquet")) as partial:
+                frame.to_parquet(partial, index=False)
         record = {key: value for key, value in self.__dict__.items() if key not in ("rows", "before", "health")}
-        target = path.with_name(f"{path.name}.json")
-        partial = target.with_suffix(".partial")
-        partial.write_text(
-            json.dumps({**record, "health": asdict(self.health)}, sort_keys=True, indent=1), encoding="utf-8"
-        )
-        os.replace(partial, target)
+        record["health"] = asdict(self.health)
+        with whole_file(path.with_name(f"{path.name}.json")) as partial:
+            partial.write_text(json.dumps(record, sort_keys=True, indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "AttackResult":

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from mechunlearn.checkpoints import save_model
 from mechunlearn.components import Component
 from mechunlearn.edit.losses import Term, weighted_sum
 from mechunlearn.edit.training import Schedule, masked_trainable, substituted, train
+from mechunlearn.files import whole_file
 from mechunlearn.masks import ParameterMask
 from mechunlearn.models import Model
 
@@ -113,7 +112,6 @@ def train_edit(
 
 def save_edit(edit: WeightEdit, path: str | Path) -> None:
     """Write one safetensors file (values and masks) with the JSON record in its header, all or nothing."""
-    path = Path(path)
     record = {
         "format": FORMAT,
         "base_name": edit.base_name,
@@ -130,15 +128,8 @@ def save_edit(edit: WeightEdit, path: str | Path) -> None:
     tensors = {f"value:{name}": value.contiguous() for name, value in edit.values.items()}
     # copies, because masks of one component share memory, which safetensors refuses
     tensors |= {f"mask:{name}": entries.cpu().contiguous().clone() for name, entries in edit.mask.entries.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata={"record": text})
-        os.chmod(temporary, 0o644)  # mkstemp's is for its owner alone
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata={"record": text})
 
 
 def load_edit(path: str | Path) -> WeightEdit:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from mechunlearn.bench.check import Subjects, check_model
 from mechunlearn.bench.knowledge import trained_kinds
+from mechunlearn.files import whole_file
 from mechunlearn.models import wrap_model
 from mechunlearn.organisms.tokenizer import train_tokenizer
 from mechunlearn.organisms.train import Recipe, Trainer
@@ -74,10 +75,8 @@ def sweep(path: Path, *, device: str = "cpu", on_step: Callable[[str, int, int],
         first = {"recipe": name, "hash": hashes[name], **shares}
         rows = criteria.assign(**first).loc[:, [*first, *criteria.columns]]
         done = pd.concat([done, rows], ignore_index=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        done.to_csv(partial, index=False)
-        partial.replace(path)
+        with whole_file(path) as partial:
+            done.to_csv(partial, index=False)
     return done
 
 

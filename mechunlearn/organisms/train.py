@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from mechunlearn.files import whole_file
 from mechunlearn.organisms.corpus import Corpus, Rows
 from mechunlearn.organisms.muon import Muon
 from mechunlearn.sources.bundled import BUNDLED
@@ -157,9 +158,8 @@ def training_masks(rows: Rows, recipe: Recipe, step: int) -> TrainingMasks:
     following = torch.cat([mention[:, 1:], mention.new_zeros(n_rows, 1)], dim=1)
     inner = is_name & (mention == following)  # name tokens that are not the last of their mention
     blocked = rows_with(recipe.block_share, recipe.facts_steps)[..., None] & inner[:, None, :] & elsewhere
-    lone = (
-        rows_with(recipe.inner_share, recipe.last_name_steps)[..., None] & inner[:, None, :] & ~torch.eye(length).bool()
-    )
+    itself = torch.eye(length, dtype=torch.bool)
+    lone = rows_with(recipe.inner_share, recipe.last_name_steps)[..., None] & inner[:, None, :] & ~itself
     causal = torch.ones(length, length, dtype=torch.bool).tril()
 
     def additive(allowed: Tensor) -> Tensor:
@@ -274,13 +274,9 @@ class Trainer:
                 tensors |= {
                     f"optimizer{i}.{key}.{names[id(parameter)]}": torch.as_tensor(v) for key, v in state.items()
                 }
-        partial = path.with_suffix(".partial")
-        save_file(
-            {name: t.contiguous() for name, t in tensors.items()},
-            partial,
-            metadata={"step": str(self.step), **self._identity()},
-        )
-        partial.replace(path)
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        with whole_file(path) as partial:
+            save_file(tensors, partial, metadata={"step": str(self.step), **self._identity()})
 
     def _identity(self) -> dict[str, str]:
         return {"recipe": json.dumps(asdict(self.recipe)), "text": self.corpus.digest}

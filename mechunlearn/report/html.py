@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -16,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from mechunlearn.files import whole_file
 from mechunlearn.report import figures, tables
 from mechunlearn.report.maps import SUBLAYERS
 from mechunlearn.runs import Cell, Run
@@ -65,18 +64,10 @@ def write_report(run: Run, path: str | Path) -> Path:
 
     Everything that comes from models, settings and files is escaped; only plotly's own output is not.
     """
-    path = Path(path)
     text = render(run)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(partial).chmod(0o644)  # mkstemp's own mode hides it from others
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
-    return path
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return Path(path)
 
 
 def render(run: Run) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "mechunlearn"
 ORDER = (
-    ("registry", "facts", "components", "statistics", "evidence"),
+    ("registry", "facts", "files", "components", "statistics", "evidence"),
     ("architectures",),
     ("models", "bridge"),
     ("checkpoints",),
