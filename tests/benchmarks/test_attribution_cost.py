@@ -3,9 +3,6 @@
 Ratios within one run, never times: pytest -m benchmark tests/benchmarks -s
 """
 
-import statistics
-import time
-
 import pytest
 import torch
 import transformers
@@ -19,18 +16,8 @@ from mechunlearn.models import embedding, wrap_model
 pytestmark = pytest.mark.benchmark
 
 
-def _median(function, repeats=7):
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        function()
-        times.append(time.process_time() - start)
-    return statistics.median(times)
-
-
 @pytest.mark.parametrize("size", [(4, 256), (8, 384)], ids=["4x256", "8x384"])
-def test_attribution_patching_is_near_its_floor(tokenizer, size, record_property):
+def test_attribution_patching_is_near_its_floor(tokenizer, size, median, record_property):
     torch.set_num_threads(1)
     n_layers, width = size
     config = transformers.LlamaConfig(
@@ -65,7 +52,7 @@ def test_attribution_patching_is_near_its_floor(tokenizer, size, record_property
                 handle.remove()
 
     attribution = LOCALIZERS.get("attribution_patching").function
-    ratio = _median(lambda: attribution(model, facts, batch_size=8)) / _median(floor)
+    ratio = median(lambda: attribution(model, facts, batch_size=8), 7) / median(floor, 7)
     record_property("ratio", ratio)
     print(f"attribution patching / floor at {n_layers} layers, width {width}: {ratio:.2f}")  # noqa: T201
     assert ratio < 2.0  # pairs are built and tokenised inside, so small models pay some overhead

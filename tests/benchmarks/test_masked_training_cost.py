@@ -5,9 +5,6 @@ needs F + F/4 + the masked share of F, so the ratio should be near (1 + 1/4 + sh
 times: pytest -m benchmark tests/benchmarks -s
 """
 
-import statistics
-import time
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,17 +20,7 @@ pytestmark = pytest.mark.benchmark
 N_LAYERS, STEPS = 8, 5
 
 
-def _median(function, repeats=5):
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        function()
-        times.append(time.process_time() - start)
-    return statistics.median(times)
-
-
-def test_a_masked_step_costs_what_its_layers_cost(tokenizer, record_property):
+def test_a_masked_step_costs_what_its_layers_cost(tokenizer, median, record_property):
     torch.set_num_threads(1)
     config = transformers.LlamaConfig(
         vocab_size=512, hidden_size=384, intermediate_size=1152, num_hidden_layers=N_LAYERS,
@@ -60,7 +47,7 @@ def test_a_masked_step_costs_what_its_layers_cost(tokenizer, record_property):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    ratio, floor = _median(masked) / _median(full), (1.25 + share) / 3
+    ratio, floor = median(masked, 5) / median(full, 5), (1.25 + share) / 3
     record_property("ratio", ratio)
     print(f"masked step / full step: {ratio:.2f}; by count of operations {floor:.2f}")  # noqa: T201
     assert ratio < 1.3 * floor
