@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pandas as pd
@@ -94,9 +94,9 @@ def judge(task: CellTask, split: FactSplit, settings: Settings) -> Judged:
     are dropped from the candidates on all sides, whichever its editor; controls are judged among all candidates.
     """
     started = time.monotonic()
-    model = loaded(task.model, device=settings.device, dtype=settings.dtype)
-    twin = loaded(task.twin, device=settings.device, dtype=settings.dtype) if task.twin else None
-    original = loaded(task.original, device=settings.device, dtype=settings.dtype)
+    load = partial(loaded, device=settings.device, dtype=settings.dtype)
+    model, original = load(task.model), load(task.original)
+    twin = load(task.twin) if task.twin else None
     edit, acceptance = _edit(task, model, split, settings)
     drop = task.role == "arm"  # the suppressed model must be at chance among all candidates
     baseline = take_baseline(original, split)

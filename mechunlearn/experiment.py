@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -23,6 +23,7 @@ from mechunlearn.checkpoints import choose_device, load_model
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.evidence import PositiveControl
 from mechunlearn.facts import Fact, FactSet, FactSplit, balanced_sample, split_facts, with_edit_targets
+from mechunlearn.files import whole_file
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.agreement import agreement
 from mechunlearn.masks import ParameterMask, mask_of, n_localizable, random_mask_like, select_components
@@ -137,21 +138,13 @@ def choose_masks(stage: Stage, scores: Mapping[str, ComponentScores]) -> dict[st
         if leading is None or arm.budget or arm.kinds:
             masks[arm.name] = _selected(stage, arm, localize(stage, arm.localizer, seed=seed))
         elif arm.localizer == "random_components":
-            masks[arm.name] = _filled(stage.model, localize(stage, arm.localizer, seed=seed), leading.n_selected)
+            drawn = localize(stage, arm.localizer, seed=seed)
+            masks[arm.name] = select_components(
+                drawn, stage.model, budget=leading.n_selected, kinds=("mlp", "attention"), fill=True
+            )
         else:
             masks[arm.name] = random_mask_like(leading, stage.model, seed=seed)
     return {arm.name: masks[arm.name] for arm in arms}
-
-
-def _filled(model: Model, drawn: ComponentScores, budget: int) -> ParameterMask:
-    """Sublayers in the drawn order, each that still fits, so that the mask is as near to the budget as may be."""
-    chosen: list[Component] = []
-    for component in drawn.ranking():
-        if mask_of(model, [*chosen, component]).n_selected <= budget:
-            chosen.append(component)
-    if not chosen:
-        raise ValueError(f"random_components: no sublayer is as small as the {budget} weights of the first arm")
-    return mask_of(model, chosen)
 
 
 def _selected(stage: Stage, arm: ArmSettings, scores: ComponentScores) -> ParameterMask:
@@ -175,7 +168,9 @@ def run_experiment(
         ValueError: settings that cannot be carried out; nothing is left behind.
     """
     started = time.monotonic()
-    with _pool(settings) as pool:
+    with ExitStack() as stack:
+        stack.callback(loaded.cache_clear)
+        pool = stack.enter_context(_pool(settings))
         stage = prepare(settings, load=loaded)
         arms = [arm.localizer for arm in settings.arms if arm.localizer not in MATCHED_CONTROLS]
         wanted = list(dict.fromkeys([*settings.localize, *arms, EXACT]))
@@ -206,10 +201,7 @@ def _pool(settings: Settings) -> Iterator[Executor | None]:
     machine cost more than they bring.
     """
     if settings.workers == 1 or choose_device(settings.device).type == "cuda":
-        try:
-            yield None
-        finally:
-            loaded.cache_clear()
+        yield None
         return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -224,7 +216,6 @@ def _pool(settings: Settings) -> Iterator[Executor | None]:
         finally:
             torch.set_num_threads(threads)
             pool.shutdown(cancel_futures=True)
-            loaded.cache_clear()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -411,9 +402,8 @@ def _write(
             given.save(partial / f"{name}.safetensors")
     written = {"agreement.csv": agreements.to_csv(index=False), "manifest.json": json.dumps(manifest, indent=1) + "\n"}
     for name, text in written.items():
-        partial = folder / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / name)
+        with whole_file(folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 def plan_experiment(settings: Settings) -> dict[str, pd.DataFrame]:

@@ -69,7 +69,12 @@ def n_localizable(model: Model) -> int:
 
 
 def select_components(
-    scores: ComponentScores, model: Model, *, budget: float | int, kinds: Sequence[Kind] = ("mlp",)
+    scores: ComponentScores,
+    model: Model,
+    *,
+    budget: float | int,
+    kinds: Sequence[Kind] = ("mlp",),
+    fill: bool = False,
 ) -> ParameterMask:
     """Select the best-scored components, whole ones in descending order, until the next would exceed the budget.
 
@@ -78,9 +83,11 @@ def select_components(
     Args:
         budget: a share of all attention and MLP entries (float in (0, 1]) or a number of entries (int).
         kinds: the kinds of component to choose among.
+        fill: pass over components that would exceed the budget and go on with the next, instead of stopping there.
 
     Raises:
-        ValueError: a budget out of range, no positive score, or a budget below the best component's size.
+        ValueError: a budget out of range, no positive score, or a budget below the best component's size (with `fill`,
+            below every component's).
     """
     for kind in kinds:
         if kind not in KINDS:
@@ -95,14 +102,18 @@ def select_components(
     shapes, union, chosen, spent = _shapes(model), {}, [], 0
     for component in candidates:
         masks = component_parameters(model, component)
-        spent += sum(_count(_new(union, name, mask), shapes[name]) for name, mask in masks.items())
-        if spent > limit:
-            if not chosen:
-                raise ValueError(f"budget: got {budget} ({limit} entries), the best component {component} alone has "
-                                 f"{spent}; raise the budget or choose smaller kinds")  # fmt: skip
+        cost = sum(_count(_new(union, name, mask), shapes[name]) for name, mask in masks.items())
+        if spent + cost > limit:
+            if fill:
+                continue
             break
+        spent += cost
         chosen.append(component)
         _join(union, masks)
+    if not chosen:
+        best = mask_of(model, candidates[:1]).n_selected
+        raise ValueError(f"budget: got {budget} ({limit} entries), the best component {candidates[0]} alone has "
+                         f"{best}; raise the budget or choose smaller kinds")  # fmt: skip
     return mask_of(model, chosen)
 
 

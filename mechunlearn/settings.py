@@ -16,6 +16,8 @@ from mechunlearn.localize import LOCALIZERS
 from mechunlearn.registry import Method, Registry, did_you_mean
 
 Options = dict[str, Any]
+SET_BY_THE_RUN = {"seed", "drop_targets"}
+"""Options of editors, attacks, evaluation and controls that follow from the run's own settings."""
 
 
 class _Strict(BaseModel):
@@ -116,7 +118,7 @@ class Settings(_Strict):
     def _known_arms(cls, arms: list[ArmSettings]) -> list[ArmSettings]:
         for arm in arms:
             LOCALIZERS.get(arm.localizer)
-            if managed := {"seed", "drop_targets"} & set(arm.options):
+            if managed := SET_BY_THE_RUN & set(arm.options):
                 raise ValueError(f"arm {arm.name!r}: option {min(managed)!r} is not its editor's; set the arm's `seed`")
             EDITORS.get(arm.editor).validate(arm.options)
         names = [arm.name for arm in arms]
@@ -170,10 +172,10 @@ def load_settings(name_or_path: str | Path, changes: Mapping[str, Any] | None = 
 
 
 def _refuse_what_a_run_sets(data: Mapping[str, Any], where: str, key: str = "") -> None:
-    """Seeds and `drop_targets` of editors, attacks, evaluation and controls follow from the run."""
+    """Raise for the first option that would be overwritten, at any depth."""
     for name, value in data.items():
         here = f"{key}.{name}".removeprefix(".")
-        if name in ("seed", "drop_targets") and here.partition(".")[0] in ("edit", "attack", "evaluate", "suppress"):
+        if name in SET_BY_THE_RUN and here.partition(".")[0] in ("edit", "attack", "evaluate", "suppress"):
             raise ValueError(
                 f"{where}: key '{here}': a run sets it; allowed: `seed` at the top of the file, or of an arm"
             )

@@ -123,7 +123,7 @@ def relearning(
             look(0)
             try:
                 train(model, trainable, weighted_sum(terms), steps=steps, learning_rate=learning_rate, on_step=look)
-            except Diverged as error:  #: the checkpoints before it still stand
+            except Diverged as error:  # the checkpoints before it still stand
                 failed[setting] = str(error)
             if not best or max(c.rank for c in found) > max(c.rank for c in best):
                 best = found

@@ -17,14 +17,12 @@ from mechunlearn.masks import ParameterMask
 from mechunlearn.models import Model, component_parameters
 
 Schedule = Literal["cosine", "constant"]
+Forward = Callable[[Int[Tensor, "row pos"], Int[Tensor, " kept"]], Float[Tensor, "row kept d_vocab"]]
+"""(token ids padded on the right, positions whose logits are wanted) -> logits in float32."""
 
 
 class Diverged(ValueError):
     """A loss that is not finite."""
-
-
-Forward = Callable[[Int[Tensor, "row pos"], Int[Tensor, " kept"]], Float[Tensor, "row kept d_vocab"]]
-"""(token ids padded on the right, positions whose logits are wanted) -> logits in float32."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

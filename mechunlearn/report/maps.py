@@ -104,9 +104,9 @@ def layer_by_token(
     """Heat map of one prompt: what each component does at each token; zero is white.
 
     Args:
-        limit: where the colours end; give two maps the same to compare them. The largest absolute value if not given.
         tokens: as the tokenizer gives them; escaped, and told apart where they repeat.
         components: the rows from bottom to top.
+        limit: where the colours end; give two maps the same to compare them. The largest absolute value if not given.
 
     Raises:
         ValueError: values of another shape than components x tokens.
