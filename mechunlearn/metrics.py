@@ -122,7 +122,7 @@ def score_facts(
         seed: draws the options of "choice".
 
     Returns:
-        One row per fact, in their order: subject, relation, form, p_true, correct, chance.
+        One row per fact, in their order: subject, relation, form, p_true, correct, chance, top (the best candidate).
 
     Raises:
         ValueError: a fact lacks the form or has fewer than two candidates.
@@ -142,9 +142,11 @@ def _score(
     for (fact, form), group in zip(pairs, asked, strict=True):
         p = _mean_probabilities([(one, next(scored)) for one in group])
         p_true = p.pop(fact.target_true)
-        correct = p_true > max(p.values())
-        rows.append((fact.subject, fact.relation, form, p_true, correct, 1 / (len(p) + 1)))
-    frame = pd.DataFrame(rows, columns=pd.Index(["subject", "relation", "form", "p_true", "correct", "chance"]))
+        best = max(p, key=lambda answer: p[answer])
+        correct = p_true > p[best]
+        top = fact.target_true if correct else best
+        rows.append((fact.subject, fact.relation, form, p_true, correct, 1 / (len(p) + 1), top))
+    frame = pd.DataFrame(rows, columns=pd.Index(["subject", "relation", "form", "p_true", "correct", "chance", "top"]))
     return frame.astype({"p_true": np.float64, "correct": bool, "chance": np.float64})
 
 

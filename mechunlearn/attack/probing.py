@@ -133,14 +133,14 @@ class _Bench:
     ) -> tuple[pd.DataFrame, float]:
         """P(true | candidates) and correctness of each fact, and the lowest training accuracy among the probes used."""
         probes = {relation: self.probe(relation, part, site, layer) for relation in {fact.relation for fact in facts}}
-        p_true, correct = np.zeros(len(facts)), np.zeros(len(facts), dtype=bool)
+        p_true, correct, top = np.zeros(len(facts)), np.zeros(len(facts), dtype=bool), [""] * len(facts)
         for relation, (probe, _) in probes.items():
             at = [i for i, fact in enumerate(facts) if fact.relation == relation]
             for i, p in zip(at, probe.probabilities(features[site][at, layer]), strict=True):
-                p_true[i], correct[i] = _among_candidates(
+                p_true[i], correct[i], top[i] = _among_candidates(
                     facts[i], dict(zip(probe.classes, p, strict=True)), drop_targets
                 )
-        return pd.DataFrame({"p_true": p_true, "correct": correct}), min(fit for _, fit in probes.values())
+        return pd.DataFrame({"p_true": p_true, "correct": correct, "top": top}), min(fit for _, fit in probes.values())
 
     def probe(self, relation: str, part: str, site: Site, layer: int) -> tuple[Probe, float]:
         """The relation's probe and its accuracy on its own training facts."""
@@ -172,11 +172,12 @@ class _Bench:
         return self._features[relation, part]
 
 
-def _among_candidates(fact: Fact, p: Mapping[str, float], drop_targets: bool) -> tuple[float, bool]:
-    """Renormalise over the fact's candidates; answers that the probe has never seen get nothing."""
+def _among_candidates(fact: Fact, p: Mapping[str, float], drop_targets: bool) -> tuple[float, bool, str]:
+    """P(true), whether it is highest, and the best answer, over the fact's candidates; unseen answers get nothing."""
     among = {answer: p.get(answer, 0.0) for answer in candidates(fact, drop_targets=drop_targets)}
     total = sum(among.values())
     if total <= 0:
-        return 1 / len(among), False
+        return 1 / len(among), False, ""
+    top = max(among, key=lambda answer: among[answer])
     true = among.pop(fact.target_true)
-    return min(true / total, 1.0), true > max(among.values(), default=0.0)
+    return min(true / total, 1.0), true > max(among.values(), default=0.0), top

@@ -15,7 +15,8 @@ from mechunlearn.files import whole_file
 # pyright: standard
 
 Access = Literal["prompts", "activations", "weights", "original_weights"]
-COLUMNS = ("subject", "relation", "answer", "part", "setting", "step", "p_true", "correct")
+COLUMNS = ("subject", "relation", "answer", "part", "setting", "step", "p_true", "correct", "top")
+FRAMES = ("rows", "before", "by_form")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,11 @@ class AttackResult:
     facts_sha256: str = ""
     notes: Mapping[str, Any]
     """More numbers to show, as plain JSON data."""
+    by_form: pd.DataFrame | None = None
+    """Hidden facts in every form of asking after the attack, columns as in `rows` with the form as `setting`; for
+    looking at single facts. None for attacks that do not ask."""
+    fold: int = 0
+    """Which part of the forgotten facts was hidden from it."""
 
     def final(self, part: str = "forget_hidden") -> pd.DataFrame:
         """The rows of the chosen setting and step."""
@@ -88,11 +94,14 @@ class AttackResult:
         return scores_by_fact(self.before.loc[self.before["part"] == "forget_hidden"])
 
     def save(self, path: Path) -> None:
-        """Write `path`.json and the rows beside it, `path`.rows.parquet and `path`.before.parquet."""
-        for name, frame in (("rows", self.rows), ("before", self.before)):
+        """Write `path`.json and the tables beside it, `path`.rows.parquet and so on."""
+        frames = {name: getattr(self, name) for name in FRAMES}
+        for name, frame in frames.items():
+            if frame is None:
+                continue
             with whole_file(path.with_name(f"{path.name}.{name}.parquet")) as partial:
                 frame.to_parquet(partial, index=False)
-        record = {key: value for key, value in self.__dict__.items() if key not in ("rows", "before", "health")}
+        record = {key: value for key, value in self.__dict__.items() if key not in (*FRAMES, "health")}
         record["health"] = asdict(self.health)
         with whole_file(path.with_name(f"{path.name}.json")) as partial:
             partial.write_text(json.dumps(record, sort_keys=True, indent=1), encoding="utf-8")
@@ -101,7 +110,8 @@ class AttackResult:
     def load(cls, path: Path) -> "AttackResult":
         """Read back what `save` wrote."""
         record = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))
-        frames = {name: pd.read_parquet(path.with_name(f"{path.name}.{name}.parquet")) for name in ("rows", "before")}
+        paths = {name: path.with_name(f"{path.name}.{name}.parquet") for name in FRAMES}
+        frames = {name: pd.read_parquet(file) for name, file in paths.items() if file.is_file()}
         fields: dict[str, Any] = {**record, **frames, "health": Health(**record["health"])}
         return cls(**fields)
 
@@ -120,7 +130,7 @@ def scores_by_fact(rows: pd.DataFrame) -> dict[str, float]:
 
 
 def fact_rows(facts: Sequence[Fact], scores: pd.DataFrame, *, part: str, setting: str, step: int = 0) -> pd.DataFrame:
-    """Rows of a result from facts and their scores (columns p_true and correct, in the order of the facts)."""
+    """Rows of a result from facts and their scores (columns p_true, correct and top, in the order of the facts)."""
     return pd.DataFrame(
         {
             "subject": [fact.subject for fact in facts],
@@ -131,6 +141,7 @@ def fact_rows(facts: Sequence[Fact], scores: pd.DataFrame, *, part: str, setting
             "step": step,
             "p_true": scores["p_true"].to_numpy(dtype=float),
             "correct": scores["correct"].to_numpy(dtype=bool),
+            "top": list(scores["top"]),
         },
         columns=list(COLUMNS),
     )

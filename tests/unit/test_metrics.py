@@ -64,7 +64,7 @@ def test_a_facts_score_does_not_depend_on_the_others(tiny_model, tiny_facts: Fac
 def test_scores_come_in_the_order_of_the_facts_with_chance(tiny_model, tiny_facts: FactSet):
     facts = tiny_facts[:6].facts
     frame = score_facts(tiny_model(), facts)
-    assert list(frame.columns) == ["subject", "relation", "form", "p_true", "correct", "chance"]
+    assert list(frame.columns) == ["subject", "relation", "form", "p_true", "correct", "chance", "top"]
     assert frame["subject"].tolist() == [fact.subject for fact in facts]
     assert frame["chance"].tolist() == [1 / len(fact.choices) for fact in facts]
     assert frame["p_true"].between(0, 1).all()
