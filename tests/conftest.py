@@ -13,8 +13,12 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from mechunlearn.edit.losses import Term, answer_loss, batches, fact_tokens, weighted_sum
+from mechunlearn.edit.training import masked_trainable, train
 from mechunlearn.facts import Fact, FactSet, FactSplit, split_facts
-from mechunlearn.models import Model, wrap_model
+from mechunlearn.masks import mask_of
+from mechunlearn.metrics import score_facts
+from mechunlearn.models import Model, all_components, wrap_model
 
 ARCHITECTURES = ("gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "gemma2", "gemma3_text", "qwen2", "qwen3")
 
@@ -145,3 +149,20 @@ def tiny_split(tiny_facts: FactSet) -> FactSplit:
     people = list(dict.fromkeys(fact.subject for fact in tiny_facts))[:24]
     forget = tiny_facts.where(lambda fact: fact.relation == "colour" and fact.subject in people)
     return split_facts(tiny_facts, forget, seed=0)
+
+
+@pytest.fixture(scope="session")
+def knowing(tiny_model: Callable[..., Model], tiny_facts: FactSet) -> Model:
+    """A tiny model taught all facts in prompt and paraphrase."""
+    model = tiny_model("llama", seed=0)
+    with torch.no_grad():  # the tiny unembedding is not trained, and logits through it could not be certain
+        model.hf.get_output_embeddings().weight.mul_(10)
+    trainable = masked_trainable(model, mask_of(model, all_components(model)))
+    tokens = fact_tokens(model, tiny_facts.facts, forms="all")
+    loss = weighted_sum([Term(weight=1.0, objective=answer_loss, batches=batches(tokens, 80, seed=0))])
+    train(model, trainable, loss, steps=100, learning_rate=1e-2)
+    with torch.no_grad():
+        for name, value in trainable.overrides().items():
+            dict(model.hf.named_parameters())[name].copy_(value)
+    assert score_facts(model, tiny_facts.facts)["p_true"].mean() > 0.9
+    return model

@@ -16,7 +16,7 @@ from mechunlearn.attack.results import AttackResult, Health, fact_rows
 from mechunlearn.facts import Fact, FactSplit
 from mechunlearn.metrics import score_facts
 from mechunlearn.models import Model
-from mechunlearn.probes import Probe, Site, fit_probe, residual_features
+from mechunlearn.probes import CodeLength, Probe, Site, fit_probe, online_code, residual_features
 from mechunlearn.prompts import candidates
 
 TrainedOn = Literal["retain_train", "forget_shown"]
@@ -33,6 +33,7 @@ def probing(
     max_train: Annotated[int, Field(ge=2)] = 320,
     regularization: Annotated[float, Field(gt=0)] = 10.0,
     max_steps: Annotated[int, Field(ge=1)] = 60,
+    mdl: bool = True,
     drop_targets: bool = False,
     seed: int = 0,
 ) -> AttackResult:
@@ -48,6 +49,7 @@ def probing(
         max_train: training facts a relation; more are left out by a seeded draw.
         regularization: of the logistic regression, see `fit_probe`.
         max_steps: of its solver.
+        mdl: also note how few bits the answers take given the features, see `_Bench.code_lengths`; decides nothing.
         drop_targets: leave `target_new` out of the candidates (for injections, on edited model and twin alike).
 
     Raises:
@@ -58,7 +60,7 @@ def probing(
     """
     options = {
         "sites": list(sites), "trained_on": list(trained_on), "max_train": max_train, "regularization": regularization,
-        "max_steps": max_steps, "drop_targets": drop_targets,
+        "max_steps": max_steps, "mdl": mdl, "drop_targets": drop_targets,
     }  # fmt: skip
     if not split.attack_dev:
         raise ValueError("probing: attack_dev is empty; split with a dev part")
@@ -86,6 +88,8 @@ def probing(
         notes["retain_test_accuracy"] = float(
             bench.scores(held_out, features, part, site, layer, False)[0]["correct"].to_numpy().mean()
         )
+    if mdl:
+        notes["mdl"] = bench.code_lengths()
     hidden = split.forget_hidden  # first access: everything is chosen
     if not hidden:
         raise ValueError("probing: forget_hidden is empty; there is nothing to recover")
@@ -155,21 +159,71 @@ class _Bench:
 
     def training(self, relation: str, part: str) -> tuple[list[Fact], Features]:
         """Training facts of a relation and their features; the other part stands in where this one has too few."""
-        if (relation, part) not in self._features:
-            other = "forget_shown" if part == "retain_train" else "retain_train"
-            for name in (part, other):
-                facts = [fact for fact in getattr(self.split, name) if fact.relation == relation]
-                if len(Counter(fact.target_true for fact in facts)) > 1:
-                    break
-            else:
-                raise ValueError(
-                    f"probing: relation '{relation}' has no two answers to train on in retain_train or forget_shown; "
-                    "give more facts of it, or leave this attack out"
-                )
+        other = "forget_shown" if part == "retain_train" else "retain_train"
+        for name in (part, other):
+            facts = [fact for fact in getattr(self.split, name) if fact.relation == relation]
+            if len(Counter(fact.target_true for fact in facts)) > 1:
+                return self._sampled((relation, name), facts)
+        raise ValueError(
+            f"probing: relation '{relation}' has no two answers to train on in retain_train or forget_shown; "
+            "give more facts of it, or leave this attack out"
+        )
+
+    def code_lengths(self) -> list[dict[str, float | str]]:
+        """Online code lengths of retained facts and of the forgotten ones the attacker knows.
+
+        Each site has one fixed layer, so that model and twin can be compared (Delta I is the difference of their
+        compressions): the subject's tokens halfway up, where attributes are gathered, the last token at three quarters,
+        after they were fetched (Geva et al. 2023, arXiv:2304.14767). All layers would cost twice the attack itself.
+        Relations are coded one by one, among all answers of theirs that the attacker knows; bits add up.
+
+        Returns:
+            One record a (part, site, layer): n, bits, compression, control_compression, selectivity. Part
+            "forget_known" is `forget_shown` and `attack_dev`. See `probes.online_code`.
+        """
+        split, n_layers = self.split, self.model.n_layers
+        known = (*split.forget_shown, *split.attack_dev)
+        found: dict[tuple[str, Site, int], list[CodeLength]] = {}
+        for relation in sorted({fact.relation for fact in known}):
+            parts = {
+                "retain_train": [fact for fact in split.retain_train if fact.relation == relation],
+                "forget_known": [fact for fact in known if fact.relation == relation],
+            }
+            classes = {fact.target_true for facts in parts.values() for fact in facts}
+            for part, facts in parts.items():
+                if not facts or len(classes) < 2:
+                    continue
+                facts, features = self._sampled((relation, part), facts)
+                labels, groups = [fact.target_true for fact in facts], [fact.subject for fact in facts]
+                for site in self.sites:
+                    layer = 3 * n_layers // 4 if site == "last" else n_layers // 2
+                    code = online_code(
+                        features[site][:, layer], labels, groups, classes=tuple(classes),
+                        regularization=self.regularization, max_steps=self.max_steps, seed=self.seed,
+                    )  # fmt: skip
+                    found.setdefault((part, site, layer), []).append(code)
+        return [
+            {"part": part, "site": site, "layer": layer} | _summed(codes)
+            for (part, site, layer), codes in sorted(found.items())
+        ]
+
+    def _sampled(self, key: tuple[str, str], facts: list[Fact]) -> tuple[list[Fact], Features]:
+        """At most `max_train` of the facts, and their features."""
+        if key not in self._features:
             if len(facts) > self.max_train:
                 facts = random.Random(self.seed).sample(facts, self.max_train)
-            self._features[relation, part] = facts, residual_features(self.model, facts, sites=self.sites)
-        return self._features[relation, part]
+            self._features[key] = facts, residual_features(self.model, facts, sites=self.sites)
+        return self._features[key]
+
+
+def _summed(codes: Sequence[CodeLength]) -> dict[str, float]:
+    """Code lengths of several relations as one."""
+    uniform, bits = sum(code.uniform_bits for code in codes), sum(sum(code.bits) for code in codes)
+    control = uniform / sum(sum(code.control_bits) for code in codes)
+    return {
+        "n": sum(sum(code.rows) for code in codes), "bits": bits, "compression": uniform / bits,
+        "control_compression": control, "selectivity": uniform / bits - control,
+    }  # fmt: skip
 
 
 def _among_candidates(fact: Fact, p: Mapping[str, float], drop_targets: bool) -> tuple[float, bool, str]:

@@ -1,46 +1,29 @@
-"""Relearning: train on forgotten facts that the attacker knows, and see whether the ones it does not come back."""
+"""Relearning: train on what an attacker may have, and see whether the facts it does not have come back."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated
 
 import pandas as pd
 import torch
 from pydantic import Field
-from torch import Tensor
 
+from mechunlearn import prompts
 from mechunlearn.attack import ATTACKS
-from mechunlearn.attack.results import AttackResult, Health, fact_rows
-from mechunlearn.edit.losses import Forms, Term, answer_loss, batches, fact_tokens, joined, weighted_sum
+from mechunlearn.attack.health import NOT_MEASURED, Judge
+from mechunlearn.attack.relearning_data import Source, TrainingData, training_data
+from mechunlearn.attack.relearning_search import Checkpoint, Setting, choose, successive_halving
+from mechunlearn.attack.results import AttackResult, fact_rows
+from mechunlearn.components import Component
+from mechunlearn.edit.losses import Forms
 from mechunlearn.edit.training import Diverged, Trainable, lora_trainable, masked_trainable, substituted, train
-from mechunlearn.facts import Fact, FactSplit
+from mechunlearn.facts import FactSplit
 from mechunlearn.masks import mask_of
-from mechunlearn.metrics import perplexity, score_facts
-from mechunlearn.models import Model, all_components
-from mechunlearn.organisms.neutral import neutral_text
+from mechunlearn.metrics import score_facts
+from mechunlearn.models import Model
 
-Kind = Literal["full", "lora"]
-N_TEXTS, TEXT_SEED = 16, 90_210  # neutral passages that no editor trains on
-NOT_MEASURED = Health(fitted=0.0)
-"""Stands for checkpoints whose dev score was too low to be chosen: never healthy."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """The attacked model at one step of one setting, with what the attacker knows about it."""
-
-    setting: str
-    step: int
-    dev: float
-    """Mean P(true | candidates) on attack_dev."""
-    health: Health
-    leaves: Mapping[str, Tensor]
-    """Trained numbers, on the CPU."""
-
-    @property
-    def rank(self) -> tuple[bool, float]:
-        """Healthy before unhealthy, then by the dev score."""
-        return (self.health.healthy, self.dev)
+Kind = Annotated[str, Field(pattern=r"^(full|last|lora(:[1-9][0-9]*)?)$")]
+LORA_RANK = 8  # of the kind "lora" without a rank
+LAST_SHARE = 1 / 3  # of the layers, for the kind "last"
 
 
 @ATTACKS.register("relearning", source="Deeb & Roger 2024, arXiv:2410.08827; UNDO, arXiv:2506.06278 (rate search)")
@@ -48,90 +31,95 @@ def relearning(
     model: Model,
     split: FactSplit,
     *,
-    learning_rates: Annotated[Sequence[Annotated[float, Field(gt=0)]], Field(min_length=1)] = (3e-4, 1e-3, 2e-3),
-    kinds: Annotated[Sequence[Kind], Field(min_length=1)] = ("full", "lora"),
-    steps: Annotated[int, Field(ge=0)] = 60,
-    eval_every: Annotated[int, Field(ge=1)] = 15,
-    rank: Annotated[int, Field(ge=1)] = 8,
+    kinds: Annotated[Sequence[Kind], Field(min_length=1)] = ("full", "lora:8", "lora:64", "last"),
+    learning_rates: Annotated[Sequence[Annotated[float, Field(gt=0)]], Field(min_length=1)] = (
+        1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3,
+    ),
+    sources: Annotated[Sequence[Source], Field(min_length=1)] = ("shown",),
+    steps: Annotated[int, Field(ge=0)] = 100,
+    halving: Annotated[int, Field(ge=1)] = 3,
+    eval_every: Annotated[int, Field(ge=1)] | None = None,
     batch_size: Annotated[int, Field(ge=2)] = 48,
     retained_share: Annotated[float, Field(ge=0, lt=1)] = 0.5,
     forms: Forms = "prompt",
     max_health_facts: Annotated[int, Field(ge=1)] = 128,
+    report_all_forms: bool = False,
     drop_targets: bool = False,
     seed: int = 0,
-) -> AttackResult:
-    """Fine-tune on the true answers of `forget_shown` and `retain_train`; score the unseen `forget_hidden`.
+) -> AttackResult:  # fmt: skip
+    """Fine-tune on what the attacker has, search for the best way to on `attack_dev`; score the unseen `forget_hidden`.
 
-    Every kind is trained at every learning rate. The setting and step with the highest mean P(true | candidates) on
-    `attack_dev` among the healthy ones is chosen; only then are the hidden facts touched, at every checkpoint of that
-    setting. Healthy: `forget_shown` fitted >= 90%, `retain_test` down <= 5 points, perplexity on neutral text
-    <= 1.2x. If no checkpoint is, the result says so and cannot decide. The model is not changed at any time.
+    Every kind is trained at every learning rate from every source, by successive halving: all for a few steps, the
+    best 1 / `halving` of them for `halving` times as many, and so on up to `steps`. Each round trains anew, so that
+    every training is a whole one with its own cosine schedule; that costs at most 1 / (`halving` - 1) of the last
+    round more than going on would. "Best" is by mean P(true | candidates) on `attack_dev`, undamaged models before
+    damaged ones; besides, the one that fits its own facts best goes on: where nothing is left to recover the dev score
+    is noise, and the null still needs an attack that worked.
+
+    Of all checkpoints of all rounds the healthy one with the highest dev score is chosen; only then are the hidden
+    facts touched, at every checkpoint of its training. Healthy: own facts fitted >= 90%, `retain_test` down <= 5
+    points, perplexity on neutral text <= 1.2x. If no checkpoint is, or one of another source recovers more than 0.1
+    more on dev and that source has no healthy one, the unhealthy one is reported: that a gentler attack found nothing
+    is then no evidence of removal. The model is not changed at any time.
+
+    Settings are trained one after another: together (`torch.func.vmap`) they are no faster on a CPU, where the batch of
+    one already fills a core; see tests/benchmarks/test_attack_grid.py.
 
     Args:
+        kinds: "full" trains every attention and MLP weight, "last" those of the last third of the layers, "lora:8" a
+            low-rank update (of rank 8) of each weight matrix; "lora" is "lora:8".
         learning_rates: AdamW, cosine to 0. A random full-rank update and a low-rank one want different ones; the
             limits of the search belong to the attack, so widen it when the chosen one is at its edge.
-        kinds: "full" trains every attention and MLP weight, "lora" a low-rank update of each.
-        eval_every: steps between checkpoints; the last step is always one.
+        sources: what is trained on: "shown" the forgotten facts the attacker knows, "related" kept facts of the same
+            relations and of the forgotten subjects, "unrelated" neutral text; see relearning_data.py.
+        steps: of the longest training. The bundled organism gives back most within 70; the literature goes up to 500.
+        halving: of the settings 1 / `halving` go on to the next round; 1 trains all of them for `steps`. The first
+            round has at least ten steps, so that few steps or settings mean few rounds.
+        eval_every: steps between checkpoints; None halves the steps from the last one down (log-spaced). The last
+            step is always one.
         batch_size: rows a step.
-        retained_share: of these rows; the others are forgotten facts. More keeps a fragile model healthy.
+        retained_share: of these rows, from all kept facts; the others are of the source. More keeps a fragile model
+            healthy.
         max_health_facts: facts (of each part) that health is measured on.
+        report_all_forms: also ask for the hidden facts in every form at the chosen checkpoint (`by_form`).
         drop_targets: leave `target_new` out of the candidates (for injections, on edited model and twin alike).
-        seed: of batches and low-rank starts.
+        seed: of batches, passages and low-rank starts.
+
+    Returns:
+        Rows of the hidden facts at every checkpoint of the chosen training. `notes`: `dev_p_true`, (step, dev score)
+        of the longest training of every setting; `rounds`, which settings were trained for how long; `diverged`.
 
     Raises:
         ValueError: a part that is needed is empty, or every setting's loss diverges.
 
-    Source: Deeb & Roger 2024, arXiv:2410.08827; learning-rate search as in Lee et al. 2025, arXiv:2506.06278.
+    Source: Deeb & Roger 2024, arXiv:2410.08827; learning-rate search as in Lee et al. 2025, arXiv:2506.06278;
+        successive halving of Jamieson & Talwalkar 2016, arXiv:1502.07943.
     """
-    options = {
-        "learning_rates": list(learning_rates), "kinds": list(kinds), "steps": steps, "eval_every": eval_every,
-        "rank": rank, "batch_size": batch_size, "retained_share": retained_share, "forms": forms,
-        "max_health_facts": max_health_facts, "drop_targets": drop_targets,
-    }  # fmt: skip
-    for part in ("forget_shown", "attack_dev"):
-        if not getattr(split, part):
-            raise ValueError(f"relearning: {part} is empty; split with at least one fact there")
-    judge = _Judge.of(model, split, max_health_facts, drop_targets)
-    shown = fact_tokens(model, split.forget_shown, forms=forms)
-    n_kept = min(round(retained_share * batch_size), batch_size - 1) if split.retain_train else 0
-    kept = fact_tokens(model, split.retain_train, forms=forms) if n_kept else None
-    best: list[Checkpoint] = []  # all checkpoints of the best setting so far
-    dev_curves: dict[str, list[tuple[int, float]]] = {}
-    failed: dict[str, str] = {}
-    for kind in kinds:
-        for learning_rate in learning_rates:
-            setting = f"{kind} lr={learning_rate:g}"
-            trainable = _trainable(model, kind, rank, seed)
-            found: list[Checkpoint] = []
-            curve = dev_curves.setdefault(setting, [])
+    options = {name: list(value) if isinstance(value, tuple) else value
+               for name, value in locals().items() if name not in ("model", "split", "seed")}  # fmt: skip
+    if not split.attack_dev:
+        raise ValueError("relearning: attack_dev is empty; split with at least one fact there")
+    data = {
+        source: training_data(
+            model, split, source, batch_size=batch_size, retained_share=retained_share, forms=forms, seed=seed
+        )
+        for source in sources
+    }
+    names = [f"lora:{LORA_RANK}" if kind == "lora" else kind for kind in kinds]
+    settings = [Setting(kind=k, learning_rate=r, source=s) for s in sources for k in names for r in learning_rates]
+    settings = list(dict.fromkeys(settings))
+    judge = Judge.of(model, split, max_facts=max_health_facts, drop_targets=drop_targets)
 
-            def look(step: int, setting=setting, trainable=trainable, found=found, curve=curve, best=best) -> None:
-                if step % eval_every and step != steps:
-                    return
-                with substituted(model, trainable.overrides()):
-                    dev = judge.dev(model)
-                    # health costs more than the dev score: look only where it could matter
-                    worth = dev > max((c.dev for c in (*best, *found) if c.health.healthy), default=-1.0)
-                    health = judge.health(model) if worth else NOT_MEASURED
-                curve.append((step, dev))
-                found.append(Checkpoint(setting=setting, step=step, dev=dev, health=health, leaves=_copy(trainable)))
+    def attempt(setting: Setting, at: frozenset[int], bar: float, measure_last: bool) -> tuple[list[Checkpoint], str]:
+        return _train(model, setting, data[setting.source], judge, at=at, bar=bar, measure_last=measure_last, seed=seed)
 
-            learnt = batches(shown, batch_size - n_kept, seed=seed)
-            if kept is not None:
-                learnt = joined(learnt, batches(kept, n_kept, seed=seed + 1))
-            terms = [Term(weight=1.0, objective=answer_loss, batches=learnt)]
-            look(0)
-            try:
-                train(model, trainable, weighted_sum(terms), steps=steps, learning_rate=learning_rate, on_step=look)
-            except Diverged as error:  # the checkpoints before it still stand
-                failed[setting] = str(error)
-            if not best or max(c.rank for c in found) > max(c.rank for c in best):
-                best = found
-    if len(failed) == len(dev_curves):
-        raise ValueError(f"relearning: every setting diverged, first {next(iter(failed.values()))}")
-    chosen = max(best, key=lambda checkpoint: checkpoint.rank)
-    again = _trainable(model, chosen.setting.partition(" ")[0], rank, seed)
-    rows = _score_hidden(model, split, again, best, drop_targets)
+    search = successive_halving(settings, attempt, steps=steps, halving=halving, eval_every=eval_every)
+    chosen = choose(search)
+    trained = search.best[chosen.setting.source]
+    dev_curves = search.dev_curves | {str(chosen.setting): [(c.step, c.dev) for c in trained]}
+    rows, by_form = _score_hidden(
+        model, split, trained, chosen, drop_targets=drop_targets, all_forms=report_all_forms, seed=seed
+    )
     before = score_facts(model, split.forget_hidden, drop_targets=drop_targets)
     return AttackResult(
         attack="relearning",
@@ -139,82 +127,82 @@ def relearning(
         decides=True,
         rows=rows,
         before=fact_rows(split.forget_hidden, before, part="forget_hidden", setting="before"),
-        chosen=chosen.setting,
+        chosen=str(chosen.setting),
         chosen_step=chosen.step,
         health=chosen.health,
         options=options,
         seed=seed,
         model=model.name,
         facts_sha256=split.sha256,
-        notes={"dev_p_true": dev_curves, "diverged": failed},
+        notes={"dev_p_true": dev_curves, "rounds": search.rounds, "diverged": search.failed},
+        by_form=by_form,
+        fold=split.fold,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Judge:
-    """What the attacker may look at while choosing: dev facts, a few shown and retained ones, neutral text."""
+def _train(
+    model: Model, setting: Setting, data: TrainingData, judge: Judge, *,
+    at: frozenset[int], bar: float, measure_last: bool, seed: int,
+) -> tuple[list[Checkpoint], str]:  # fmt: skip
+    """Checkpoints of one training at the steps `at`, and why it ended early if it did.
 
-    dev_facts: tuple[Fact, ...]
-    shown: tuple[Fact, ...]
-    retained: tuple[Fact, ...]
-    texts: tuple[str, ...]
-    retained_before: float | None
-    perplexity_before: float
-    drop_targets: bool
+    Health costs more than the dev score, so it is measured only where that beats `bar` and every healthy checkpoint
+    before, and of the last one if `measure_last`.
+    """
+    trainable = _trainable(model, setting.kind, seed)
+    found: list[Checkpoint] = []
 
-    @classmethod
-    def of(cls, model: Model, split: FactSplit, n: int, drop_targets: bool) -> "_Judge":
-        retained = (split.retain_test or split.retain_train)[:n]
-        texts = tuple(neutral_text(N_TEXTS, seed=TEXT_SEED))
-        return cls(
-            dev_facts=split.attack_dev,
-            shown=split.forget_shown[:n],
-            retained=retained,
-            texts=texts,
-            retained_before=_accuracy(model, retained),
-            perplexity_before=perplexity(model, texts),
-            drop_targets=drop_targets,
-        )
+    def look(step: int) -> None:
+        if step not in at:
+            return
+        with substituted(model, trainable.overrides()):
+            dev = judge.dev(model) if step else judge.dev_before
+            worth = dev > max(bar, *(c.dev for c in found if c.health.healthy), -1.0)
+            wanted = worth or (measure_last and step == max(at))
+            health = judge.health(model, data.own) if wanted else NOT_MEASURED
+        leaves = {name: leaf.detach().to("cpu", copy=True) for name, leaf in trainable.leaves.items()}
+        found.append(Checkpoint(setting=setting, step=step, dev=dev, health=health, leaves=leaves))
 
-    def dev(self, model: Model) -> float:
-        return float(score_facts(model, self.dev_facts, drop_targets=self.drop_targets)["p_true"].to_numpy().mean())
-
-    def health(self, model: Model) -> Health:
-        return Health(
-            fitted=_accuracy(model, self.shown),
-            retained_before=self.retained_before,
-            retained_after=_accuracy(model, self.retained),
-            perplexity_ratio=perplexity(model, self.texts) / self.perplexity_before,
-        )
+    look(0)
+    try:
+        train(model, trainable, data.loss(), steps=max(at), learning_rate=setting.learning_rate, on_step=look)
+    except Diverged as error:
+        return found, str(error)
+    return found, ""
 
 
-def _accuracy(model: Model, facts: Sequence[Fact]) -> float | None:
-    return float(score_facts(model, facts)["correct"].to_numpy().mean()) if facts else None
-
-
-def _trainable(model: Model, kind: str, rank: int, seed: int) -> Trainable:
-    if kind == "lora":
-        return lora_trainable(model, rank, seed=seed)
-    return masked_trainable(model, mask_of(model, all_components(model)))
-
-
-def _copy(trainable: Trainable) -> dict[str, Tensor]:
-    return {name: leaf.detach().to("cpu", copy=True) for name, leaf in trainable.leaves.items()}
+def _trainable(model: Model, kind: str, seed: int) -> Trainable:
+    if kind.startswith("lora"):
+        return lora_trainable(model, int(kind.partition(":")[2] or LORA_RANK), seed=seed)
+    first = model.n_layers - max(1, round(LAST_SHARE * model.n_layers)) if kind == "last" else 0
+    layers = range(first, model.n_layers)
+    return masked_trainable(model, mask_of(model, [Component(k, n) for n in layers for k in ("mlp", "attention")]))
 
 
 def _score_hidden(
-    model: Model, split: FactSplit, trainable: Trainable, checkpoints: Sequence[Checkpoint], drop_targets: bool
-) -> pd.DataFrame:
-    """The first access to the hidden facts; everything is chosen by now."""
+    model: Model, split: FactSplit, checkpoints: Sequence[Checkpoint], chosen: Checkpoint, *,
+    drop_targets: bool, all_forms: bool, seed: int,
+) -> tuple[pd.DataFrame, pd.DataFrame | None]:  # fmt: skip
+    """The first access to the hidden facts; everything is chosen by now. Rows by step, and of the chosen by form."""
     hidden = split.forget_hidden
     if not hidden:
         raise ValueError("relearning: forget_hidden is empty; there is nothing to recover")
-    rows = []
+    trainable = _trainable(model, chosen.setting.kind, seed)
+    rows, by_form = [], []
     for checkpoint in checkpoints:
         with torch.no_grad():
             for name, leaf in trainable.leaves.items():
                 leaf.copy_(checkpoint.leaves[name])
+        asked = {"prompt": hidden}
+        if all_forms and checkpoint is chosen:
+            listed = dict.fromkeys(form for fact in hidden for form in prompts.forms(fact))
+            asked = {form: tuple(f for f in hidden if form in prompts.forms(f)) for form in listed}
+        step, part = checkpoint.step, "forget_hidden"
         with substituted(model, trainable.overrides()):
-            scores = score_facts(model, hidden, drop_targets=drop_targets)
-        rows.append(fact_rows(hidden, scores, part="forget_hidden", setting=checkpoint.setting, step=checkpoint.step))
-    return pd.concat(rows, ignore_index=True)
+            for form, facts in asked.items():
+                scores = score_facts(model, facts, form, drop_targets=drop_targets, seed=seed)
+                if form == "prompt":
+                    rows.append(fact_rows(facts, scores, part=part, setting=str(checkpoint.setting), step=step))
+                if all_forms and checkpoint is chosen:
+                    by_form.append(fact_rows(facts, scores, part=part, setting=form, step=step))
+    return pd.concat(rows, ignore_index=True), pd.concat(by_form, ignore_index=True) if by_form else None

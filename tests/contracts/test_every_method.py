@@ -20,9 +20,12 @@ from mechunlearn.sources import SOURCES
 
 LOCALIZER_OPTIONS = {"fact_lookup_probe": {"folds": 2, "draws": 1}}
 ATTACK_OPTIONS = {
-    "relearning": {"steps": 2, "eval_every": 1, "learning_rates": (1e-3,)},
+    "relearning": {
+        "steps": 2, "eval_every": 1, "learning_rates": (1e-3,), "batch_size": 4, "max_health_facts": 8,
+        "kinds": ("full", "lora:2"), "sources": ("shown", "unrelated"),
+    },
     "probing": {"max_train": 40, "max_steps": 10},
-}
+}  # fmt: skip
 
 
 @contextmanager

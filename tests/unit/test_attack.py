@@ -4,42 +4,29 @@ import numpy as np
 import pytest
 import torch
 
-from mechunlearn.attack import ATTACKS, asking, probing, relearning
-from mechunlearn.attack.results import AttackResult, Health
-from mechunlearn.bench.suppressed import suppress_with_lora
-from mechunlearn.edit.edits import applied
-from mechunlearn.edit.losses import Term, answer_loss, batches, fact_tokens, weighted_sum
-from mechunlearn.edit.training import Diverged, masked_trainable, train
+from mechunlearn.attack import ATTACKS, asking, logit_lens, probing, quantization, relearning
+from mechunlearn.attack.results import FRAMES, AttackResult, Health
+from mechunlearn.edit.training import Diverged
 from mechunlearn.evidence import gather_evidence
 from mechunlearn.facts import FactSplit, with_edit_targets
-from mechunlearn.masks import mask_of
 from mechunlearn.metrics import score_facts
-from mechunlearn.models import all_components
 from mechunlearn.verdict import decide
 
 QUICK = {
     "asking": {},
-    "relearning": {"learning_rates": (3e-3,), "steps": 4, "eval_every": 2, "batch_size": 16, "rank": 2},
+    "relearning": {
+        "learning_rates": (3e-3,),
+        "steps": 4,
+        "eval_every": 2,
+        "batch_size": 16,
+        "kinds": ("full", "lora:2"),
+    },
     "probing": {"max_steps": 20},
+    "logit_lens": {},
+    "quantization": {"bits": (8,), "group_sizes": (0,)},
 }
-RUN = {"asking": asking, "relearning": relearning, "probing": probing}
-
-
-@pytest.fixture(scope="module")
-def knowing(tiny_model, tiny_facts):
-    """A tiny model taught all facts in prompt and paraphrase."""
-    model = tiny_model("llama", seed=0)
-    with torch.no_grad():  # the tiny unembedding is not trained, and logits through it could not be certain
-        model.hf.get_output_embeddings().weight.mul_(10)
-    trainable = masked_trainable(model, mask_of(model, all_components(model)))
-    tokens = fact_tokens(model, tiny_facts.facts, forms="all")
-    loss = weighted_sum([Term(weight=1.0, objective=answer_loss, batches=batches(tokens, 80, seed=0))])
-    train(model, trainable, loss, steps=100, learning_rate=1e-2)
-    with torch.no_grad():
-        for name, value in trainable.overrides().items():
-            dict(model.hf.named_parameters())[name].copy_(value)
-    assert score_facts(model, tiny_facts.facts)["p_true"].mean() > 0.9
-    return model
+RUN = {"asking": asking, "relearning": relearning, "probing": probing, "logit_lens": logit_lens,
+       "quantization": quantization}  # fmt: skip
 
 
 class Guarded:
@@ -84,7 +71,7 @@ def test_hidden_facts_stay_unread_until_everything_is_chosen(name, knowing, tiny
     guarded = Guarded(tiny_split)
     counting = knowing.hf.register_forward_hook(guarded.count)
     scored = []
-    for module in (asking, relearning, probing):
+    for module in RUN.values():
         monkeypatch.setitem(
             module.__globals__, "fact_rows", lambda *args, **_: scored.append(args) or pytest.fail("scored")
         )
@@ -92,7 +79,7 @@ def test_hidden_facts_stay_unread_until_everything_is_chosen(name, knowing, tiny
         RUN[name](knowing, guarded, **QUICK[name])
     assert len(guarded.passes) == 1
     counting.remove()
-    assert guarded.passes[0] >= QUICK[name].get("steps", 2)  # it had looked at other facts, or trained, before
+    assert guarded.passes[0] >= QUICK[name].get("steps", 1)  # it had looked at other facts, or trained, before
     assert not scored
 
 
@@ -126,22 +113,8 @@ def test_asking_a_model_that_knows_gets_the_facts(knowing, tiny_split):
     result = asking(knowing, tiny_split)
     assert result.zero_budget
     assert np.mean(list(result.hidden_scores().values())) > 0.8
-    assert set(result.rows["setting"]) == {"prompt", "paraphrase:0", "question:0", "choice"}
-
-
-def test_guessing_in_multiple_choice_scores_chance(knowing, tiny_split, monkeypatch):
-    """Whoever picks one of four options with certainty and no knowledge is right a quarter of the time."""
-
-    def picking(model, facts, form="prompt", **_):
-        p_true = [float(i % 4 == 0) if form == "choice" else 0.0 for i in range(len(facts))]
-        return score_facts(model, facts, form).assign(p_true=p_true)
-
-    facts = [replace(fact, choices=("red", "blue", "green", "black", "grey")) for fact in tiny_split.forget_hidden[:1]]
-    many = tuple(replace(facts[0], subject=f"{facts[0].subject} {i}", target_true="red") for i in range(8))
-    monkeypatch.setitem(asking.__globals__, "score_facts", picking)
-    result = asking(knowing, replace(tiny_split, attack_dev=many, forget_hidden=many))
-    assert result.chosen == "choice"
-    assert np.mean(list(result.hidden_scores().values())) == pytest.approx(0.2, abs=0.01)
+    forms = {"prompt", "paraphrase:0", "question:0", "choice", "few_shot:shown", "few_shot:retained"}
+    assert set(result.rows["setting"]) == forms
 
 
 def test_relearning_that_breaks_the_model_says_so(knowing, tiny_split):
@@ -171,8 +144,9 @@ def test_a_result_survives_writing_and_reading(knowing, tiny_split, tmp_path):
     result = asking(knowing, tiny_split)
     result.save(tmp_path / "asking")
     again = AttackResult.load(tmp_path / "asking")
-    assert again.rows.equals(result.rows)
-    assert replace(again, rows=result.rows, before=result.before) == replace(result)
+    frames = {name: getattr(result, name) for name in FRAMES}
+    assert all(getattr(again, name).equals(frame) for name, frame in frames.items())
+    assert replace(again, **frames) == result
 
 
 def test_the_unedited_model_is_still_expressed_against_its_twin(knowing, tiny_model, tiny_split):
@@ -180,24 +154,6 @@ def test_the_unedited_model_is_still_expressed_against_its_twin(knowing, tiny_mo
     evidence = gather_evidence([asking(knowing, tiny_split)], [asking(twin, tiny_split)])
     verdict = decide([evidence], original=0.95, null_before=0.25, draws=500)
     assert str(verdict) == "hidden (still expressed)"
-
-
-def test_a_suppressed_model_says_whether_it_was_accepted(knowing, tiny_split):
-    before = knowing.sha256
-    none = suppress_with_lora(knowing, tiny_split, steps=0)
-    assert not none.acceptance.accepted
-    assert "still answers" in none.acceptance.reason
-    hidden = suppress_with_lora(knowing, tiny_split, steps=60, learning_rate=1e-2)
-    assert knowing.sha256 == before
-    assert hidden.acceptance.direct_accuracy < none.acceptance.direct_accuracy
-    assert hidden.acceptance.probe_after == hidden.acceptance.probe_before  # of the first half, which is untouched
-    erased = replace(hidden.acceptance, probe_before=0.5, probe_after=0.44)
-    assert not erased.accepted
-    assert "probe fell" in erased.reason
-    with applied(knowing, hidden.edit):
-        accuracy = score_facts(knowing, tiny_split.forget_hidden)["correct"].mean()
-    assert accuracy == pytest.approx(hidden.acceptance.direct_accuracy)
-    assert knowing.sha256 == before
 
 
 def test_relearning_that_always_diverges_is_an_error_and_bad_rates_are_named(knowing, tiny_split, monkeypatch):

@@ -1,6 +1,8 @@
 """Probes: against sklearn's own pipeline, entity-disjoint, at chance on shuffled labels."""
 
+from collections import Counter
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from mechunlearn.probes import (
     fit_probe,
     held_out_probabilities,
     is_correct,
+    online_code,
     residual_features,
     shuffled_labels,
     subject_token_counts,
@@ -84,6 +87,96 @@ def test_too_few_entities_is_one_line() -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="at least 2"):
         fit_probe(features, ["same"] * 12)
+
+
+@pytest.mark.parametrize(("classes", "n"), [("ab", 6), ("abc", 4)])
+def test_an_online_code_is_a_code(classes: str, n: int) -> None:
+    """2^-L sums to 1 over all labellings: nothing about the labels of a block is used to send them."""
+    features = np.random.default_rng(0).normal(size=(n, 3))
+    groups = ["s0", "s1", "s2", "s2", "s3", "s4"][:n]
+    lengths = [
+        sum(online_code(features, labels, groups, classes=classes, regularization=0.1, max_steps=40).bits)
+        for labels in product(classes, repeat=n)
+    ]
+    assert len(set(np.round(lengths, 3))) > len(classes)  # and it is not the uniform one
+    assert sum(2.0**-length for length in lengths) == pytest.approx(1)
+
+
+def test_constant_features_leave_the_code_of_the_answers_counts() -> None:
+    labels = ["a"] * 23 + ["b"] * 11 + ["c"] * 6
+    groups = [f"s{i}" for i in range(40)]
+    code = online_code(np.full((40, 5), 0.1), labels, groups, fractions=(0.25, 0.5, 1), classes="abcd", seed=3)
+    order = np.argsort(np.random.default_rng(3).permutation(40))  # entity names sort as s0, s1, s10, ...
+    sent = [dict(zip(groups, labels, strict=True))[sorted(groups)[i]] for i in order]
+    expected, past = [10 * np.log2(4)], 10
+    for end in (20, 40):
+        counts = Counter(sent[:past])
+        expected.append(-sum(np.log2((counts[label] + 1) / (past + 4)) for label in sent[past:end]))
+        past = end
+    assert code.rows == (10, 10, 20)
+    assert code.bits == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_constant_features_do_not_compress_even_answers(seed: int) -> None:
+    code = online_code(np.ones((48, 3)), ["a", "b", "c", "d"] * 12, [f"s{i}" for i in range(48)], seed=seed)
+    assert code.compression <= 1
+    assert code.control_compression <= 1
+    assert code.uniform_bits == 96
+
+
+def test_readable_labels_compress_and_permuted_ones_do_not() -> None:
+    features, labels, groups = clusters()
+    code = online_code(features, labels, groups)
+    assert code.compression > 2.5
+    assert code.control_compression < 1.05
+    assert code.selectivity == pytest.approx(code.compression - code.control_compression)
+    permuted = online_code(features, shuffled_labels(labels, groups, seed=5), groups)
+    assert permuted.compression < 1.05
+    noisier = [online_code(features + s * np.random.default_rng(0).normal(size=features.shape), labels, groups)
+               for s in (2, 6)]  # fmt: skip
+    assert code.compression > noisier[0].compression > noisier[1].compression
+
+
+def test_a_code_is_the_sum_of_its_blocks_each_resting_on_all_before() -> None:
+    features, labels, groups = clusters(noise=4.0)
+    fine = online_code(features, labels, groups, fractions=(0.1, 0.25, 0.5, 1))
+    coarse = online_code(features, labels, groups, fractions=(0.25, 0.5, 1))
+    assert fine.rows == (12, 18, 30, 60)
+    assert coarse.rows == (30, 30, 60)
+    assert fine.bits[2:] == coarse.bits[1:]
+    assert fine.compression == pytest.approx(fine.uniform_bits / sum(fine.bits))
+
+
+def test_an_online_code_knows_no_entity_before_it_comes() -> None:
+    rng = np.random.default_rng(1)
+    groups = [f"s{i // 9}" for i in range(180)]
+    labels = [("x", "y")[i] for i in rng.permutation(20) % 2 for _ in range(9)]
+    features = np.repeat(rng.normal(size=(20, 40)), 9, axis=0)
+    assert online_code(features, labels, groups).compression < 1
+    strangers = [f"s{i}" for i in range(180)]  # as if each row were somebody else: memory pays
+    assert online_code(features, labels, strangers).compression > 2
+
+
+def test_the_order_of_rows_and_the_names_of_answers_do_not_matter() -> None:
+    features, labels, groups = clusters(n=60, noise=3.0)
+    code = online_code(features, labels, groups, seed=1)
+    back = online_code(features[::-1], labels[::-1], groups[::-1], seed=1)
+    renamed = online_code(features, [f"{9 - int(label[1])}" for label in labels], groups, seed=1)
+    assert back.bits == pytest.approx(code.bits, rel=1e-3)
+    assert renamed.bits == pytest.approx(code.bits, rel=1e-3)
+    assert online_code(features, labels, groups, seed=2).bits != pytest.approx(code.bits, rel=1e-3)
+
+
+def test_a_code_that_cannot_be_is_one_line() -> None:
+    features, labels, groups = clusters(n=12)
+    for change in (
+        {"labels": labels[:-1]}, {"groups": groups[:-1]}, {"classes": ["c0"]}, {"classes": ["x", "y"]},
+        {"features": features[:0], "labels": [], "groups": []}, {"fractions": (0.5, 0.25, 1.0)}, {"fractions": (0.5,)},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="allowed") as error:
+            online_code(**{"features": features, "labels": labels, "groups": groups} | change)
+        assert "\n" not in str(error.value)
 
 
 def test_features_are_transformers_own_hidden_states(any_model: Model, tiny_facts: FactSet) -> None:
