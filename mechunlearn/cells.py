@@ -1,21 +1,25 @@
-"""Judging one model state: edit it and its twin alike, evaluate, attack both alike; then decide."""
+"""Judging one model state: treat it and its null alike, evaluate, attack both alike; then decide."""
 
+import hashlib
+import json
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import pandas as pd
-from torch import Tensor
 
 from mechunlearn.attack import ATTACKS
 from mechunlearn.attack.results import AttackResult
-from mechunlearn.bench.suppressed import Acceptance, suppress_with_lora
+from mechunlearn.changes import checkpoint_changes, edit_changes
 from mechunlearn.checkpoints import load_model
 from mechunlearn.components import Component
+from mechunlearn.controls import SUPPRESSIONS
+from mechunlearn.controls.acceptance import Acceptance, accept
+from mechunlearn.controls.fabricated import fabricated_split
+from mechunlearn.controls.taught import teach
 from mechunlearn.edit import EDITORS
 from mechunlearn.edit.edits import WeightEdit, applied
 from mechunlearn.evaluate import Evaluation, evaluate, take_baseline
@@ -23,55 +27,74 @@ from mechunlearn.evidence import AttackEvidence, PositiveControl, gather_evidenc
 from mechunlearn.facts import FactSplit
 from mechunlearn.masks import mask_of, n_localizable
 from mechunlearn.metrics import score_facts
-from mechunlearn.models import Model, component_parameters
-from mechunlearn.prompts import candidates
+from mechunlearn.models import Model
 from mechunlearn.runs import Cell, CellRole
 from mechunlearn.settings import Settings
 from mechunlearn.verdict import decide, demonstrate_power
 
+SUPPRESSION_RATES = (6e-3, 2e-3, 6e-4, 2e-4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """A model, what is done to it first, and what it is then attacked for; by names, so that it can travel."""
+
+    model: str
+    seed: int = 0
+    """Of treatment and attacks."""
+    editor: str | None = None
+    components: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the treatment: the editor's for this cell alone, or those of `teach`."""
+    suppression: str | None = None
+    """Kind of suppression that is put on the model, before any edit."""
+    taught: bool = False
+    """Whether the model is taught the facts first, see `controls.taught`."""
+    is_checkpoint: bool = False
+    """Whether another tool made the model of the original."""
+    fabricated: bool = False
+    """Attacked for made-up facts in place of the forgotten ones."""
+    drop_targets: bool = False
+    against: str | None = None
+    """The original that it is also evaluated against, and whose weights its own are compared with; None: neither."""
+
+    @property
+    def digest(self) -> str:
+        """Equal for sides that would give the same results."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True, kw_only=True)
 class CellTask:
-    """What is to be judged, and against what; models by name, so that a task can go to another process."""
+    """What is to be judged, and against what; one pair of sides a seed."""
 
     name: str
     role: CellRole
-    model: str
-    twin: str | None
+    sides: tuple[Side, ...]
+    nulls: tuple[Side, ...]
+    """The same done to the twin; without one, the same model attacked for made-up facts."""
     original: str
-    """Who knew the facts to begin with: `model` itself, except for a second twin."""
-    components: tuple[str, ...] = ()
+    """Who knew the facts to begin with."""
+    null: str | None
+    """Who never did; None where made-up facts stand in."""
     localizer: str | None = None
-    editor: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Editor options of this cell alone."""
-    seed: int = 0
-    """Of its editor."""
     key: str = ""
     """Hash of everything that decides the result."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Judged:
-    """Everything measured on one cell; what is missing is the verdict, which needs the other cells' controls."""
+class Attacked:
+    """Everything measured on one side."""
 
-    task: CellTask
-    evaluation: Evaluation
-    edited: tuple[AttackResult, ...]
-    null: tuple[AttackResult, ...]
-    """Empty for a second twin, which shares the original's."""
-    original: float
-    """Mean P(true | candidates) on the hidden facts before attacks, of the original (A_o) ..."""
-    null_before: float
-    """... and of the twin (A_n), or of guessing without one."""
-    guessing: tuple[float, ...]
-    """Hidden fact by hidden fact, what guessing the relation's commonest answer gets."""
+    results: tuple[AttackResult, ...]
+    """Attack by attack, and within an attack hidden part by hidden part."""
+    evaluation: Evaluation | None = None
     acceptance: Acceptance | None = None
     n_selected: int = 0
     share: float = 0.0
     """Edited share of all MLP and attention parameters."""
     weight_changes: pd.DataFrame | None = None
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 @cache
@@ -87,152 +110,138 @@ def warm_up(settings: Settings) -> None:
             loaded(name, device=settings.device, dtype=settings.dtype)
 
 
-def judge(task: CellTask, split: FactSplit, settings: Settings) -> Judged:
-    """Edit, evaluate and attack one cell and its twin.
+def attack_side(side: Side, splits: Sequence[FactSplit], settings: Settings) -> Attacked:
+    """Treat the model, evaluate it if asked, and attack it for the hidden facts of every split.
 
-    The null is the twin put through the same edit and the same attacks. For an arm, the wrong answers (`target_new`)
-    are dropped from the candidates on all sides, whichever its editor; controls are judged among all candidates.
+    The treatment is made once, on the first split; all splits hold the same forgotten facts and differ in which of
+    them are hidden from the attacker. Injected answers (`target_new`) are dropped from the candidates where the side
+    says so.
     """
     started = time.monotonic()
-    load = partial(loaded, device=settings.device, dtype=settings.dtype)
-    model, original = load(task.model), load(task.original)
-    twin = load(task.twin) if task.twin else None
-    edit, acceptance = _edit(task, model, split, settings)
-    drop = task.role == "arm"  # the suppressed model must be at chance among all candidates
-    baseline = take_baseline(original, split)
-    before = _mean_p_true(original, split, drop)
-    guessing = _guessing(split, drop)
-    null_before = _mean_p_true(twin, split, drop) if twin else sum(guessing) / len(guessing)
+    model = _load(side.model, settings)
+    shown = [fabricated_split(split, seed=settings.seed) for split in splits] if side.fabricated else list(splits)
+    found: dict[str, Any] = {}
     with ExitStack() as stack:
-        if edit is not None:
-            stack.enter_context(applied(model, edit))
-        options = settings.evaluate | {"seed": settings.seed, "drop_targets": drop}
-        evaluation = evaluate(model, split, original=baseline, **options)
-        edited = _attacks(model, split, settings, drop)
-    null: tuple[AttackResult, ...] = ()
-    # a second twin is judged against the unedited first, as the original is
-    if twin is not None and task.role != "twin":
-        twin_edit, _ = _edit(task, twin, split, settings)
-        with ExitStack() as stack:
-            if twin_edit is not None:
-                stack.enter_context(applied(twin, twin_edit))
-            null = _attacks(twin, split, settings, drop)
-    return Judged(
-        task=task, evaluation=evaluation, edited=edited, null=null, original=before, null_before=null_before,
-        guessing=guessing, acceptance=acceptance, n_selected=edit.mask.n_selected if edit else 0,
-        share=edit.mask.n_selected / n_localizable(model) if edit else 0.0,
-        weight_changes=_weight_changes(model, edit) if edit else None,
-        notes={"seconds": round(time.monotonic() - started, 1)},
-    )  # fmt: skip
+        original = _load(side.against, settings) if side.against else None
+        baseline = take_baseline(original, splits[0]) if original else None
+        edits: list[WeightEdit] = []
+        for make in _treatments(side, settings):
+            edits.append(make(model, splits[0]))
+            stack.enter_context(applied(model, edits[-1]))
+        if baseline is not None:
+            options = settings.evaluate | {"seed": settings.seed, "drop_targets": side.drop_targets}
+            found["evaluation"] = evaluate(model, splits[0], original=baseline, **options)
+        results = []
+        for name in settings.attack:
+            options = settings.options("attack", name) | {"seed": side.seed, "drop_targets": side.drop_targets}
+            for split in shown:
+                results.append(replace(ATTACKS.get(name).function(model, split, **options), fold=split.fold))
+    if original is not None and side.suppression is not None and side.editor is None:
+        found["acceptance"] = accept(model, splits[0], edits[-1])
+    if len(edits) == 1:
+        found["n_selected"] = edits[-1].mask.n_selected
+        found["share"] = edits[-1].mask.n_selected / n_localizable(model)
+        found["weight_changes"] = edit_changes(model, edits[-1])
+    elif original is not None and side.is_checkpoint:
+        found["weight_changes"] = checkpoint_changes(original, model)
+    return Attacked(results=tuple(results), seconds=round(time.monotonic() - started, 1), **found)
 
 
-def demonstrated(judged: Judged, settings: Settings) -> PositiveControl:
-    """Which attacks got the suppressed model's knowledge back."""
-    accepted = judged.acceptance is not None and judged.acceptance.accepted
-    return demonstrate_power("lora", _evidence(judged), accepted=accepted, **_bounds(judged, settings))
+def _load(name: str, settings: Settings) -> Model:
+    return loaded(name, device=settings.device, dtype=settings.dtype)
 
 
-def conclude(judged: Judged, settings: Settings, controls: Sequence[PositiveControl]) -> Cell:
-    """The cell with its verdict."""
-    task = judged.task
-    notes = {"key": task.key, "A_o": judged.original, "A_n": judged.null_before, **judged.notes}
-    if judged.acceptance is not None:
-        notes["acceptance"] = asdict(judged.acceptance) | {"reason": judged.acceptance.reason}
-        notes["controls"] = [asdict(control) for control in controls]
-    return Cell(
-        name=task.name, role=task.role, evaluation=judged.evaluation, edited=judged.edited, null=judged.null,
-        verdict=decide(_evidence(judged), controls=controls, **_bounds(judged, settings)),
-        localizer=task.localizer, editor=task.editor, components=task.components, n_selected=judged.n_selected,
-        share=judged.share, weight_changes=judged.weight_changes, notes=notes,
-    )  # fmt: skip
+def _treatments(side: Side, settings: Settings) -> list[Any]:
+    """What is done to the model, in order: teaching, suppression, edit; each a function of model and split."""
+    made: list[Any] = []
+    if side.taught:
+        made.append(lambda model, split: teach(model, split, **{**side.options, "seed": side.seed}))
+    if side.suppression is not None:
+        kind, given = SUPPRESSIONS.get(side.suppression).function, settings.suppress.get(side.suppression, {})
+        made.append(lambda model, split: kind(model, split, **_accepted_options(side, split, settings, given)))
+    if side.editor is not None:
+        editor = EDITORS.get(side.editor).function
+        own = {} if side.taught else dict(side.options)
+        options = settings.options("edit", side.editor) | own | {"seed": side.seed}
+        components = [Component.parse(name) for name in side.components]
+        made.append(lambda model, split: editor(model, mask_of(model, components), split, **options))
+    return made
 
 
-def _bounds(judged: Judged, settings: Settings) -> dict[str, Any]:
-    """What `decide` and `demonstrate_power` both take."""
-    return {
-        "original": judged.original, "null_before": judged.null_before, "null": "twin" if judged.null else "proxy",
-        "delta": settings.verdict.delta, "draws": settings.verdict.draws, "seed": settings.seed,
-    }  # fmt: skip
+def _accepted_options(side: Side, split: FactSplit, settings: Settings, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options given; without a learning rate among them, the first one at which the original is accepted.
 
-
-def _edit(
-    task: CellTask, model: Model, split: FactSplit, settings: Settings
-) -> tuple[WeightEdit | None, Acceptance | None]:
-    """The cell's edit, made on this model; the same options on the original and on the twin."""
-    if task.role == "suppressed":
-        own: dict[str, Any] = {**settings.suppress, "seed": task.seed}
-        made = suppress_with_lora(model, split, **own)
-        return made.edit, made.acceptance
-    if task.editor is None:
-        return None, None
-    mask = mask_of(model, [Component.parse(name) for name in task.components])
-    options = settings.options("edit", task.editor) | dict(task.options) | {"seed": task.seed}
-    return EDITORS.get(task.editor).function(model, mask, split, **options), None
-
-
-def _attacks(model: Model, split: FactSplit, settings: Settings, drop_targets: bool) -> tuple[AttackResult, ...]:
-    results = []
-    for name in settings.attack:
-        options = settings.options("attack", name) | {"seed": settings.seed, "drop_targets": drop_targets}
-        results.append(ATTACKS.get(name).function(model, split, **options))
-    return tuple(results)
-
-
-def _evidence(judged: Judged) -> list[AttackEvidence]:
-    if judged.null:
-        return [gather_evidence([u], [n]) for u, n in zip(judged.edited, judged.null, strict=True)]
-    evidence = []
-    for u in judged.edited:
-        scores = u.hidden_scores()
-        evidence.append(
-            AttackEvidence(
-                name=u.attack, facts=tuple(scores), seeds=(u.seed,) * len(scores), edited=tuple(scores.values()),
-                null=judged.guessing, zero_budget=u.zero_budget, decides=u.decides,
-                healthy=u.health.healthy, health=u.health.reason,
-            )
-        )  # fmt: skip
-    return evidence
-
-
-def _mean_p_true(model: Model, split: FactSplit, drop_targets: bool) -> float:
-    return float(score_facts(model, split.forget_hidden, drop_targets=drop_targets)["p_true"].to_numpy().mean())
-
-
-def _guessing(split: FactSplit, drop_targets: bool) -> tuple[float, ...]:
-    """For every hidden fact the share of its relation's hidden facts with the commonest answer known, or chance.
-
-    What a model that knows nothing but how common answers are can get, and any attack that trains teaches that; the
-    larger of the two. The commonest answer is counted on the other facts alone: hidden ones do not set their own null.
+    A rate that suits one size of model breaks another, so a control that is to work on any model has to look for its
+    own; twins and made-up facts get the rate that was found on the original.
     """
-    known: dict[str, Counter[str]] = {}
-    for fact in (*split.forget_shown, *split.attack_dev, *split.retain_train):
-        known.setdefault(fact.relation, Counter())[fact.target_true] += 1
-    hidden = Counter(fact.relation for fact in split.forget_hidden)
-    right = Counter(
-        fact.relation
-        for fact in split.forget_hidden
-        if fact.relation in known and fact.target_true == known[fact.relation].most_common(1)[0][0]
-    )
-    return tuple(
-        max(right[fact.relation] / hidden[fact.relation], 1 / len(candidates(fact, drop_targets=drop_targets)))
-        for fact in split.forget_hidden
-    )
+    options = {**given, "seed": side.seed}
+    if "learning_rate" in given:
+        return options
+    original, kind = _load(settings.model, settings), SUPPRESSIONS.get(side.suppression or "").function
+    for rate in SUPPRESSION_RATES:
+        edit = kind(original, split, **options, learning_rate=rate)
+        if accept(original, split, edit).accepted:
+            return options | {"learning_rate": rate}
+    return options | {"learning_rate": SUPPRESSION_RATES[0]}
 
 
-def _weight_changes(model: Model, edit: WeightEdit) -> pd.DataFrame:
-    """||W' - W|| / ||W|| of every MLP and attention sublayer the edit touches."""
-    parameters = dict(model.hf.named_parameters())
-    squares: dict[str, tuple[float, float]] = {}
-    for name, values in edit.values.items():
-        before = parameters[name].detach().float().cpu()
-        difference = values.float() - before[edit.mask.full(name)]
-        squares[name] = (float(difference.square().sum()), float(before.square().sum()))
-    rows = []
-    for layer in range(model.n_layers):
-        for kind in ("mlp", "attention"):
-            own: Mapping[str, Tensor] = component_parameters(model, Component(kind, layer))
-            touched = [squares[name] for name in own if name in squares]
-            if touched:
-                change, norm = (sum(column) for column in zip(*touched, strict=True))
-                rows.append((str(Component(kind, layer)), layer, kind, (change / max(norm, 1e-30)) ** 0.5))
-    return pd.DataFrame(rows, columns=pd.Index(["component", "layer", "kind", "relative_change"]))
+def demonstrated(
+    task: CellTask, sides: Sequence[Attacked], nulls: Sequence[Attacked], bounds: Mapping[str, Any]
+) -> PositiveControl:
+    """Which attacks got the suppressed model's knowledge back; it must have been accepted under every seed."""
+    accepted = all(side.acceptance is not None and side.acceptance.accepted for side in sides)
+    evidence = evidence_of(sides, nulls, paired=task.null is not None)
+    return demonstrate_power(task.sides[0].suppression or "unknown", evidence, accepted=accepted, **bounds)
+
+
+def conclude(
+    task: CellTask, sides: Sequence[Attacked], nulls: Sequence[Attacked], bounds: Mapping[str, Any],
+    controls: Sequence[PositiveControl],
+) -> Cell:  # fmt: skip
+    """The cell with its verdict; what was evaluated and edited is that of the first seed."""
+    first, own = sides[0], task.sides[0]
+    notes: dict[str, Any] = {
+        "key": task.key, "A_o": bounds["original"], "A_n": bounds["null_before"],
+        "seconds": round(sum(side.seconds for side in (*sides, *nulls)), 1),
+    }  # fmt: skip
+    if first.acceptance is not None:
+        notes["acceptance"] = asdict(first.acceptance) | {"reason": first.acceptance.reason}
+        notes["control"] = next(asdict(control) for control in controls if control.kind == own.suppression)
+    if first.evaluation is None:
+        raise ValueError(f"cell '{task.name}': its first side was not evaluated")
+    verdict = decide(evidence_of(sides, nulls, paired=task.null is not None), controls=controls, **bounds)
+    return Cell(
+        name=task.name, role=task.role, evaluation=first.evaluation, verdict=verdict,
+        edited=tuple(result for side in sides for result in side.results),
+        null=tuple(result for side in nulls for result in side.results),
+        localizer=task.localizer, editor=own.editor, components=own.components or _changed(own, first), n_selected=first.n_selected,
+        share=first.share, weight_changes=first.weight_changes, notes=notes,
+    )  # fmt: skip
+
+
+def _changed(side: Side, found: Attacked) -> tuple[str, ...]:
+    """The components that another tool changed."""
+    changes = found.weight_changes
+    return tuple(changes["component"]) if side.is_checkpoint and changes is not None else ()
+
+
+def evidence_of(sides: Sequence[Attacked], nulls: Sequence[Attacked], *, paired: bool) -> list[AttackEvidence]:
+    """Attack by attack, the scores of all seeds and hidden parts on the model and on its null.
+
+    Args:
+        paired: False where the null was attacked for other, made-up facts.
+    """
+    names = dict.fromkeys(result.attack for result in sides[0].results)
+    return [
+        gather_evidence(
+            *([r for side in group for r in side.results if r.attack == name] for group in (sides, nulls)),
+            paired=paired,
+        )
+        for name in names
+    ]
+
+
+def mean_p_true(model: Model, splits: Sequence[FactSplit], drop_targets: bool) -> float:
+    """Mean P(true | candidates) over the hidden facts of all splits, asked by their prompt."""
+    hidden = [fact for split in splits for fact in split.forget_hidden]
+    return float(score_facts(model, hidden, drop_targets=drop_targets)["p_true"].to_numpy().mean())

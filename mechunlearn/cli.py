@@ -22,6 +22,9 @@ app = typer.Typer(
 organism_app = typer.Typer(help="Train and inspect the bundled model organisms.", no_args_is_help=True)
 app.add_typer(organism_app, name="organism")
 
+bench_app = typer.Typer(help="Measure the program itself on models of known truth.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
 console = Console(highlight=False)
 
 ModelOption = Annotated[str, typer.Option("--model", help="Bundled organism, local Hugging Face folder, or hub name.")]
@@ -123,16 +126,38 @@ def attack(
     out: OutOption,
     model: ModelOption = "atlas",
     facts: FactsOption = "people-256",
-    method: MethodOption = "relearning",
+    method: Annotated[
+        str | None, typer.Option("--method", help="One attack; default: relearning, with --original all of them.")
+    ] = None,
+    original: Annotated[
+        str | None, typer.Option("--original", help="What the model was made of: judge it, with controls and a report.")
+    ] = None,
+    twin: TwinOption = None,
     edited: Annotated[Path | None, typer.Option("--edit", help="Folder of a saved edit, applied first.")] = None,
     device: Annotated[str, typer.Option("--device")] = "auto",
     set_: SetOption = None,
 ) -> None:
-    """Try to get the facts back; writes the attack's rows and record."""
+    """Try to get the facts back; with --original the verdict on a checkpoint that any tool made, and a report.
+
+    Options of --set are the method's; with --original those of a run (attack.relearning.steps, facts.n, seeds, ...).
+    """
     from mechunlearn import stages
 
-    table = stages.attack(model, facts, method or "", _pairs(set_), edit_folder=edited, device=device, out=out)
-    _print_frame(table, title=f"{method}: hidden facts")
+    if original is not None:
+        if edited is not None:
+            raise ValueError("attack: got --edit and --original; --model is the edited checkpoint, so leave --edit out")
+        settings = stages.checkpoint_settings(
+            model, original, facts, method, _pairs(set_), twin=twin, device=device, name=out.name
+        )
+        from mechunlearn.experiment import run_experiment
+
+        with _progress() as progress:
+            result = run_experiment(settings, out, on_progress=progress)
+        _finish(result, out)
+        return
+    chosen = method or "relearning"
+    table = stages.attack(model, facts, chosen, _pairs(set_), edit_folder=edited, twin=twin, device=device, out=out)
+    _print_frame(table, title=f"{chosen}: hidden facts")
     console.print(f"rows: {escape(str(out))}")
 
 
@@ -216,6 +241,45 @@ def organism_check(
     for dataset, mechanism in check.mechanisms.items():
         console.print(f"{escape(dataset)}: facts are looked up by MLPs {mechanism.band.first} to {mechanism.band.last}")
     console.print(f"figure and tables: {escape(str(folder))}", soft_wrap=True)
+
+
+@bench_app.command("verdict")
+def bench_verdict(
+    config: Annotated[
+        str, typer.Argument(help="A preset or TOML file with the models, controls and attacks.")
+    ] = "bench",
+    quick: Annotated[bool, typer.Option("--quick", help="One seed, few facts, two kinds of suppression.")] = False,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many times all is dealt, made and attacked.")] = 5,
+    out: Annotated[Path, typer.Option("--out", help="Folder of finished cells and tables.")] = Path(".runs/bench"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not reuse finished parts.")] = False,
+    set_: SetOption = None,
+) -> None:
+    """Judge models of known truth and count how often the verdict is right; goes on where it stopped."""
+    settings = _settings("bench-quick" if quick else config, model=None, device=None, pairs=set_)
+    from mechunlearn import stages
+
+    with _progress() as progress:
+        bench = stages.bench_verdict(settings, out, seeds=1 if quick else seeds, fresh=fresh, on_progress=progress)
+    _print_frame(bench.confusion().reset_index(), title="Truth, and what was said (verdicts)")
+    shown = bench.at().loc[:, ["seed", "case", "word", "attack", "D", "lower", "upper", "seconds"]]
+    _print_frame(shown, title="Every model")
+    _print_frame(bench.power.loc[:, ["seed", "kind", "accepted", "attack", "D", "lower", "recovers"]],
+                 title="What each attack brings back of knowledge hidden on purpose")  # fmt: skip
+    _print_frame(bench.goals(), title="Goals")
+    console.print(f"tables and figure: {escape(str(out / 'tables'))}", soft_wrap=True)
+
+
+@bench_app.command("coverage")
+def bench_coverage(
+    draws: Annotated[int, typer.Option("--draws", min=200, help="Simulated data sets an interval.")] = 2000,
+    out: Annotated[Path, typer.Option("--out", help="Folder that receives coverage.csv.")] = Path(".runs/coverage"),
+) -> None:
+    """How often each interval and bound holds the truth, by simulation (about two minutes of one core)."""
+    from mechunlearn import stages
+
+    table = stages.bench_coverage(draws, out)
+    _print_frame(table, title="Coverage of intervals with a nominal 95%")
+    console.print(f"table: {escape(str(out / 'coverage.csv'))}", soft_wrap=True)
 
 
 def main() -> None:

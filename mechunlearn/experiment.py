@@ -6,35 +6,35 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pandas as pd
 import torch
 
-from mechunlearn.cells import CellTask, Judged, conclude, demonstrated, judge, loaded, warm_up
+from mechunlearn.cells import CellTask, Side, loaded, warm_up
 from mechunlearn.checkpoints import choose_device, load_model
 from mechunlearn.components import Component, ComponentScores
-from mechunlearn.evidence import PositiveControl
-from mechunlearn.facts import Fact, FactSet, FactSplit, balanced_sample, split_facts, with_edit_targets
+from mechunlearn.facts import Fact, FactSet, FactSplit, balanced_sample, rotations, split_facts, with_edit_targets
 from mechunlearn.files import whole_file
+from mechunlearn.judging import Judging
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.agreement import agreement
 from mechunlearn.masks import ParameterMask, mask_of, n_localizable, random_mask_like, select_components
 from mechunlearn.metrics import known_facts
 from mechunlearn.models import Model
 from mechunlearn.organisms.forget_sets import load_forget_set
+from mechunlearn.power import power_table
 from mechunlearn.prompts import candidates
 from mechunlearn.runs import Cell, CellRole, Run, whole_folder
 from mechunlearn.settings import ArmSettings, FactsSettings, Settings
 from mechunlearn.sources.loading import load_facts
-from mechunlearn.statistics import chance_sd, facts_needed
 
 Progress = Callable[[str, float, float], None]
 EXACT = "resample_ablation"
@@ -52,12 +52,18 @@ class Stage:
     twin: Model | None
     second_twin: Model | None
     facts: FactSet
-    split: FactSplit
+    splits: tuple[FactSplit, ...]
+    """The split that edits are made on; and, if parts are rotated, those that hide its other parts."""
     n_unknown: int
     """Facts chosen to be forgotten that the original did not know to begin with."""
 
+    @property
+    def split(self) -> FactSplit:
+        """The split that edits are made on."""
+        return self.splits[0]
 
-def choose_facts(settings: FactsSettings) -> tuple[FactSet, tuple[Fact, ...]]:
+
+def choose_facts(settings: FactsSettings, *, seed: int = 0) -> tuple[FactSet, tuple[Fact, ...]]:
     """All facts, and those that are candidates for forgetting.
 
     Raises:
@@ -67,14 +73,14 @@ def choose_facts(settings: FactsSettings) -> tuple[FactSet, tuple[Fact, ...]]:
         facts, forget = load_forget_set(settings.forget)
         if settings.n is None:
             return facts, forget
-        chosen = balanced_sample(forget, settings.n)
+        chosen = balanced_sample(forget, settings.n, seed)
         others = {fact.key for fact in forget} - {fact.key for fact in chosen}
         return facts.where(lambda fact: fact.key not in others), chosen  # a twin never read the others: not retained
     facts = load_facts(settings.source, format=settings.format)
     pool = facts.of(settings.relation) if settings.relation else facts
     half = None if settings.relation else max(4, len({fact.subject for fact in pool}) // 2)
     n = settings.n or half
-    return facts, balanced_sample(pool, n) if n else pool.facts
+    return facts, balanced_sample(pool, n, seed) if n else pool.facts
 
 
 def prepare(settings: Settings, *, load: Callable[..., Model] = load_model) -> Stage:
@@ -83,7 +89,7 @@ def prepare(settings: Settings, *, load: Callable[..., Model] = load_model) -> S
     Raises:
         ValueError: nothing to forget is known, or facts that cannot be judged once an answer is injected.
     """
-    facts, forget = choose_facts(settings.facts)
+    facts, forget = choose_facts(settings.facts, seed=settings.seed)
     names = (settings.model, settings.twin, settings.second_twin)
     model, twin, second = (load(name, device=settings.device, dtype=settings.dtype) if name else None for name in names)
     assert model is not None
@@ -104,7 +110,8 @@ def prepare(settings: Settings, *, load: Callable[..., Model] = load_model) -> S
         folds=settings.facts.folds, fold=settings.facts.fold, seed=settings.seed,
     )  # fmt: skip
     return Stage(
-        settings=settings, model=model, twin=twin, second_twin=second, facts=facts, split=split,
+        settings=settings, model=model, twin=twin, second_twin=second, facts=facts,
+        splits=rotations(split, settings.facts.folds) if settings.facts.rotate else (split,),
         n_unknown=len(forget) - len(kept),
     )  # fmt: skip
 
@@ -129,14 +136,17 @@ def choose_masks(stage: Stage, scores: Mapping[str, ComponentScores]) -> dict[st
     """
     masks: dict[str, ParameterMask] = {}
     arms = stage.settings.arms
-    for arm in [arm for arm in arms if arm.localizer not in MATCHED_CONTROLS]:
-        masks[arm.name] = _selected(stage, arm, scores[arm.localizer])
+    for arm in arms:
+        if arm.components is not None:
+            masks[arm.name] = mask_of(stage.model, [Component.parse(name) for name in arm.components])
+        elif arm.localizer is not None and arm.localizer not in MATCHED_CONTROLS:
+            masks[arm.name] = _selected(stage, arm, scores[arm.localizer])
     controls = (*MATCHED_CONTROLS, *WHOLE_CONTROLS)
     leading = next((masks[arm.name] for arm in arms if arm.localizer not in controls), None)
     for i, arm in enumerate(arm for arm in arms if arm.localizer in MATCHED_CONTROLS):
         seed = stage.settings.seed + (arm.seed if arm.seed is not None else i)
         if leading is None or arm.budget or arm.kinds:
-            masks[arm.name] = _selected(stage, arm, localize(stage, arm.localizer, seed=seed))
+            masks[arm.name] = _selected(stage, arm, localize(stage, str(arm.localizer), seed=seed))
         elif arm.localizer == "random_components":
             drawn = localize(stage, arm.localizer, seed=seed)
             masks[arm.name] = select_components(
@@ -168,24 +178,23 @@ def run_experiment(
         ValueError: settings that cannot be carried out; nothing is left behind.
     """
     started = time.monotonic()
-    with ExitStack() as stack:
-        stack.callback(loaded.cache_clear)
-        pool = stack.enter_context(_pool(settings))
+    with workers(settings) as pool:
         stage = prepare(settings, load=loaded)
-        arms = [arm.localizer for arm in settings.arms if arm.localizer not in MATCHED_CONTROLS]
-        wanted = list(dict.fromkeys([*settings.localize, *arms, EXACT]))
-        total = len(wanted) + 4 * (len(settings.arms) + 3)
-        bench = _Bench(stage=stage, folder=folder / "cells", pool=pool, fresh=fresh)
+        arms = [arm.localizer for arm in settings.arms if arm.localizer and arm.localizer not in MATCHED_CONTROLS]
+        wanted = list(dict.fromkeys([*settings.localize, *arms]))
+        wanted += [EXACT] if wanted and EXACT not in wanted else []
+        judging = Judging(splits=stage.splits, settings=settings, folder=folder / "cells", pool=pool, fresh=fresh)
         (folder / "manifest.json").unlink(missing_ok=True)  # from here on the folder may hold cells of two runs
         controls = _control_tasks(stage)
-        bench.start([task for task in controls if task.role != "twin"])  # these need no localizer: workers begin here
+        total = len(wanted) + 4 * (len(settings.arms) + len(controls))
+        judging.start([task for task in controls if task.role != "twin"])  # need no localizer: workers begin here
         scores: dict[str, ComponentScores] = {}
         for i, name in enumerate(wanted):
             on_progress(f"localizing: {name}", i, total)
             scores[name] = localize(stage, name)
-        bench.start(_arm_tasks(stage, choose_masks(stage, scores)))
-        bench.start([task for task in controls if task.role == "twin"])  # the shortest last, to fill the gap at the end
-        cells = bench.finish(lambda text, done: on_progress(text, len(wanted) + 4 * done, total))
+        judging.start(_arm_tasks(stage, choose_masks(stage, scores)))
+        judging.start([task for task in controls if task.role == "twin"])  # the shortest last
+        cells = judging.finish(lambda text, done: on_progress(text, len(wanted) + 4 * done, total))
     agreements = _agreements(scores)
     seconds = time.monotonic() - started
     manifest = _manifest(stage, scores, cells, seconds) | {"summary": _summary(scores, agreements)}
@@ -194,14 +203,17 @@ def run_experiment(
 
 
 @contextmanager
-def _pool(settings: Settings) -> Iterator[Executor | None]:
+def workers(settings: Settings) -> Iterator[Executor | None]:
     """Worker processes that start importing and loading while the parent localizes; None for one worker.
 
     One thread each, the parent included: the matrices are small, and threads that wait for each other on a busy
     machine cost more than they bring.
     """
     if settings.workers == 1 or choose_device(settings.device).type == "cuda":
-        yield None
+        try:
+            yield None
+        finally:
+            loaded.cache_clear()
         return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -214,132 +226,89 @@ def _pool(settings: Settings) -> Iterator[Executor | None]:
                 pool.submit(warm_up, settings)
             yield pool
         finally:
+            loaded.cache_clear()
             torch.set_num_threads(threads)
             pool.shutdown(cancel_futures=True)
 
 
-@dataclass(kw_only=True, eq=False)
-class _Bench:
-    """The cells of a run: reused, under way in a worker, or still to be judged here."""
+def _tasks(stage: Stage, sides: Mapping[str, Side], role: CellRole, **more: Any) -> list[CellTask]:
+    """One task a name: the treated model and the equally treated null, once a seed."""
+    settings = stage.settings
+    tasks = []
+    for name, side in sides.items():
+        each = [replace(side, seed=side.seed + i) for i in range(settings.seeds)]
+        task = CellTask(
+            name=name, role=role, original=settings.model, null=settings.twin, **more,
+            # evaluated once; suppressed models have to be accepted under every seed
+            sides=tuple(
+                replace(one, against=settings.model) if i == 0 or one.suppression else one for i, one in enumerate(each)
+            ),
+            nulls=tuple(_null(stage, one) for one in each),
+        )  # fmt: skip
+        tasks.append(replace(task, key=task_key(stage, task)))
+    return tasks
 
-    stage: Stage
-    folder: Path
-    pool: Executor | None
-    fresh: bool
-    tasks: list[CellTask] = field(default_factory=list)
-    cells: dict[str, Cell] = field(default_factory=dict)
-    under_way: dict[str, Future[Judged]] = field(default_factory=dict)
 
-    def start(self, tasks: Sequence[CellTask]) -> None:
-        """Take tasks on; finished cells of the same inputs are read, the others go to the workers if there are any."""
-        for task in (replace(task, key=_key(self.stage, task)) for task in tasks):
-            self.tasks.append(task)
-            if not self.fresh and (cell := _reuse(self.folder / task.name, task.key)):
-                self.cells[task.name] = cell
-            elif self.pool is not None and self._same(task) is None:
-                self.under_way[task.name] = self.pool.submit(judge, task, self.stage.split, self.stage.settings)
-
-    def _same(self, task: CellTask) -> CellTask | None:
-        """An earlier arm that makes the very same edit, because two localizers chose the same components."""
-        for other in self.tasks[: self.tasks.index(task)]:
-            same = all(
-                getattr(other, name) == getattr(task, name)
-                for name in ("role", "editor", "components", "options", "seed")
-            )
-            if same and task.role == "arm":
-                return other
-        return None
-
-    def finish(self, on_progress: Callable[[str, int], None]) -> tuple[Cell, ...]:
-        """Wait for every cell, and save each as soon as the controls have shown the power of the attacks."""
-        settings = self.stage.settings
-        self.tasks.sort(key=lambda task: get_args(CellRole).index(task.role))
-        controls = tuple(
-            PositiveControl(**{**control, "recovered_by": tuple(control["recovered_by"])})
-            for cell in self.cells.values()
-            for control in cell.notes.get("controls", ())
-        )
-        found: list[Judged] = []
-        for i, task in enumerate(self.tasks):
-            on_progress(f"judging: {task.name}", i)
-            if task.name in self.cells:
-                continue
-            future, same = self.under_way.get(task.name), self._same(task)
-            done = next((judged for judged in found if same and judged.task.name == same.name), None)
-            if done is not None:
-                found.append(replace(done, task=task))
-            else:
-                found.append(future.result() if future else judge(task, self.stage.split, settings))
-            if task.role == "suppressed":
-                controls = (demonstrated(found[-1], settings),)
-            if controls or not settings.suppressed_control:  # the power of the attacks is known: save what is judged
-                for judged in found:
-                    if judged.task.name not in self.cells:
-                        self._conclude(judged, controls)
-        return tuple(self.cells[task.name] for task in self.tasks)
-
-    def _conclude(self, judged: Judged, controls: Sequence[PositiveControl]) -> None:
-        if judged.task.role == "twin":  # it shares the unedited original's null
-            judged = replace(judged, null=self.cells["original"].null)
-        cell = conclude(judged, self.stage.settings, controls)
-        cell.save(self.folder / cell.name)
-        self.cells[cell.name] = cell
+def _null(stage: Stage, side: Side) -> Side:
+    """What the side is compared with: the twin, treated alike; without one, itself attacked for made-up facts."""
+    if stage.settings.twin is None:
+        return replace(side, fabricated=True)
+    return replace(side, model=stage.settings.twin, is_checkpoint=False)
 
 
 def _control_tasks(stage: Stage) -> list[CellTask]:
-    """What is judged whatever is edited: the original, the positive control, another twin."""
+    """What is judged whatever is edited: the original, the positive controls, another twin."""
     settings = stage.settings
-    common: dict[str, Any] = {"twin": settings.twin, "original": settings.model, "seed": settings.seed}
-    tasks = [CellTask(name="original", role="original", model=settings.model, **common)]
-    if settings.suppressed_control:
-        tasks.append(CellTask(name="suppressed", role="suppressed", model=settings.model, **common))
+    plain = Side(model=settings.model, seed=settings.seed)
+    tasks = _tasks(stage, {"original": plain}, "original")
+    kinds = {f"suppressed-{kind}": replace(plain, suppression=kind) for kind in settings.suppress}
+    tasks += _tasks(stage, kinds, "suppressed")
     if settings.second_twin and settings.twin:
-        tasks.append(CellTask(name="second-twin", role="twin", model=settings.second_twin, **common))
+        tasks += _tasks(stage, {"second-twin": replace(plain, model=settings.second_twin)}, "twin")
     return tasks
 
 
 def _arm_tasks(stage: Stage, masks: Mapping[str, ParameterMask]) -> list[CellTask]:
-    """One task an arm."""
-    settings = stage.settings
-    return [
-        CellTask(
-            name=arm.name, role="arm", model=settings.model, twin=settings.twin, original=settings.model,
-            components=tuple(str(component) for component in masks[arm.name].components), localizer=arm.localizer,
-            editor=arm.editor, options=arm.options, seed=settings.seed + (arm.seed or 0),
-        )
-        for arm in settings.arms
-    ]  # fmt: skip
+    """One task a checkpoint and an arm; an arm's wrong answers are no candidates, whichever its editor."""
+    settings, tasks = stage.settings, []
+    for i, name in enumerate(settings.edited):
+        side = Side(model=name, seed=settings.seed, is_checkpoint=True)
+        label = "edited" if len(settings.edited) == 1 else f"edited-{i + 1}"
+        tasks += _tasks(stage, {label: side}, "arm")
+    for arm in settings.arms:
+        side = Side(
+            model=settings.model, seed=settings.seed + (arm.seed or 0), editor=arm.editor, options=arm.options,
+            components=tuple(str(component) for component in masks[arm.name].components), drop_targets=True,
+        )  # fmt: skip
+        tasks += _tasks(stage, {arm.name: side}, "arm", localizer=arm.localizer)
+    return tasks
 
 
-def _key(stage: Stage, task: CellTask) -> str:
+def task_key(stage: Stage, task: CellTask) -> str:
     """Hash of everything that decides a cell."""
     settings = stage.settings.model_dump(exclude={"arms", "name", "workers", "localize"})
     settings["device"] = str(stage.model.device)
     weights = [model and model.sha256 for model in (stage.model, stage.twin, stage.second_twin)]
+    checkpoints = dict.fromkeys(side.model for side in task.sides if side.is_checkpoint)
+    weights += [loaded(name, device=stage.settings.device, dtype=stage.settings.dtype).sha256 for name in checkpoints]
     return _digest([settings, weights, stage.split.sha256, version("mechunlearn"), asdict(task)])
-
-
-def _reuse(folder: Path, key: str) -> Cell | None:
-    """A finished cell of exactly these inputs, if there is one."""
-    record = folder / "cell.json"
-    if not record.is_file() or json.loads(record.read_text(encoding="utf-8"))["notes"].get("key") != key:
-        return None
-    return Cell.load(folder)
 
 
 def _agreements(scores: Mapping[str, ComponentScores]) -> pd.DataFrame:
     """Every localizer, at the subject where it tells tokens apart, against the exact effect of each MLP there."""
-    exact = scores[EXACT].at("subject")
+    exact = scores[EXACT].at("subject") if scores else None
     rows = [
         {"a": name, "b": f"{EXACT} at the subject"} | agreement(_at_subject(given), exact)
         for name, given in scores.items()
-        if name != EXACT and len(set(given.values)) > 1
+        if exact is not None and name != EXACT and len(set(given.values)) > 1
     ]
     return pd.DataFrame(rows, columns=["a", "b", "pearson", "spearman", "top_k_recall", "k", "n_components"])
 
 
 def _summary(scores: Mapping[str, ComponentScores], agreements: pd.DataFrame) -> list[str]:
     """Where the localizers point and how that agrees with the exact effect, in one line each."""
+    if not scores:
+        return []
     exact = scores[EXACT].at("subject")
     lines = [f"{EXACT} (exact, each MLP at the subject): highest {_highest(exact)}"]
     for row in agreements.to_dict("records"):
@@ -383,8 +352,15 @@ def _manifest(
         "twin": stage.twin and {"name": stage.twin.name, "sha256": stage.twin.sha256},
         "facts": {
             "name": stage.facts.name, "sha256": stage.facts.sha256, "split_sha256": split.sha256,
-            "unknown": stage.n_unknown, "parts": {part: len(getattr(split, part)) for part in PARTS},
+            "unknown": stage.n_unknown,
+            "hidden": sum(len(one.forget_hidden) for one in stage.splits),
+            "parts": {part: len(getattr(split, part)) for part in PARTS},
         },
+        "power": json.loads(
+            planned_power(stage.settings, split.forget, sum(len(one.forget_hidden) for one in stage.splits)).to_json(
+                orient="records"
+            )
+        ),
         "versions": {package: version(package) for package in packages} | {"python": platform.python_version()},
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -408,25 +384,34 @@ def _write(
 
 def plan_experiment(settings: Settings) -> dict[str, pd.DataFrame]:
     """What a run would do: its facts, its arms, and how many hidden facts a verdict of `removed` would need."""
-    facts, forget = choose_facts(settings.facts)
+    facts, forget = choose_facts(settings.facts, seed=settings.seed)
     model = load_model(settings.model, device="cpu", dtype=settings.dtype)
     entries = n_localizable(model)
     mlp = mask_of(model, [Component("mlp", 0)]).n_selected / entries
-    n_hidden = len(forget) // settings.facts.folds
-    chosen = [{"facts": facts.name, "all": len(facts), "to forget": len(forget), "hidden in one fold": n_hidden}]
+    n_hidden = len(forget) if settings.facts.rotate else len(forget) // settings.facts.folds
+    chosen = [{"facts": facts.name, "all": len(facts), "to forget": len(forget), "hidden in all": n_hidden}]
     arms = [
-        {"cell": arm.name, "budget": arm.budget or settings.mask.budget, "one MLP": mlp, "of parameters": entries}
+        {
+            "cell": arm.name,
+            "one MLP": mlp,
+            "of parameters": entries,
+            "budget": " ".join(arm.components) if arm.components else arm.budget or settings.mask.budget,
+        }
         for arm in settings.arms
     ]
-    guessing = chance_sd(max(2, min(len(fact.choices) for fact in forget)))
-    power = [
-        {
-            "spread over facts": label, "sd": sd, "hidden facts there": n_hidden,
-            "needed for removed": facts_needed(sd=sd, margin=settings.verdict.delta),
-        }
-        for label, sd in (("small", 0.1), ("medium", 0.3), ("both guess, scored by accuracy", guessing))
-    ]  # fmt: skip
-    return {"facts": pd.DataFrame(chosen), "arms": pd.DataFrame(arms), "power": pd.DataFrame(power)}
+    power = planned_power(settings, forget, n_hidden)
+    return {"facts": pd.DataFrame(chosen), "arms": pd.DataFrame(arms), "power": power}
+
+
+def planned_power(settings: Settings, forget: Sequence[Fact], n_hidden: int) -> pd.DataFrame:
+    """How likely the right verdict is with so many hidden facts, and how many would make it 80% likely.
+
+    For the worst case, before anything has run: edited model and twin guess all or nothing among the candidates.
+    """
+    return power_table(
+        n_facts=n_hidden, n_candidates=max(2, min(len(candidates(fact)) for fact in forget)),
+        delta=settings.verdict.delta, n_attacks=len(settings.attack),
+    )  # fmt: skip
 
 
 def _digest(data: object) -> str:

@@ -248,6 +248,33 @@ def split_facts(
     return split
 
 
+def rotations(split: FactSplit, folds: int) -> tuple[FactSplit, ...]:
+    """The split itself, and it again with each other part of its forgotten facts hidden: every one is hidden once.
+
+    Retained parts stay as they are, so one edit serves all rotations; what changes is what the attacker is shown.
+
+    Raises:
+        ValueError: fewer subjects than folds.
+    """
+    rng = random.Random(f"{split.seed} {split.fold} rotations")
+    shown = sorted((*split.forget_shown, *split.attack_dev), key=lambda fact: fact.key)
+    parts = _deal_subjects(shown, folds - 1, rng)
+    if folds < 2 or not all(parts):
+        raise ValueError(f"split: got {folds} folds for {len(split.forget)} forgotten facts, allowed: 2 to one a fact")
+    dev_share = len(split.attack_dev) / len(shown)
+    turned = [split]
+    for i, hidden in enumerate(parts):
+        rest = [*split.forget_hidden, *(fact for j, part in enumerate(parts) if j != i for fact in part)]
+        train, dev = _deal_dev(rest, dev_share, rng)
+        one = replace(
+            split, forget_shown=tuple(train), forget_hidden=tuple(hidden), attack_dev=tuple(dev),
+            fold=(split.fold + i + 1) % folds,
+        )  # fmt: skip
+        one.check()
+        turned.append(one)
+    return tuple(turned)
+
+
 def _deal_subjects(forget: Sequence[Fact], folds: int, rng: random.Random) -> list[list[Fact]]:
     """Deal whole subjects to folds like cards, answer by answer, so that answers are balanced."""
     by_answer: Mapping[tuple[str, str], list[str]] = defaultdict(list)

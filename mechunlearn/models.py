@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from mechunlearn.architectures import Architecture, NotSupported, Sizes, architecture_of, parameter_masks, sizes_of
 from mechunlearn.components import KINDS, Component, Kind
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Model", "NotSupported", "all_components", "attention", "attention_write", "block", "component_parameters",
-    "embedding", "final_norm", "first_output", "head_input", "mlp", "mlp_neurons", "mlp_write", "unembedding",
-    "with_first_output", "wrap_model",
+    "embedding", "final_norm", "first_output", "head_input", "is_transposed", "mlp", "mlp_neurons", "mlp_write",
+    "unembedding", "with_first_output", "wrap_model",
 ]  # fmt: skip
 
 
@@ -161,6 +162,11 @@ def head_input(model: Model, layer: int) -> nn.Module:
 def mlp_neurons(model: Model, layer: int) -> nn.Module:
     """The MLP's down projection; its input is the neurons' activations, [batch pos d_mlp]."""
     return block(model, layer).get_submodule(model.architecture.mlp_out)
+
+
+def is_transposed(model: Model, parameter: str) -> bool:
+    """Whether a weight matrix is kept as [in out], as GPT-2's are, and not as [out in]."""
+    return isinstance(model.hf.get_submodule(parameter.rpartition(".")[0]), Conv1D)
 
 
 def embedding(model: Model) -> nn.Module:

@@ -26,13 +26,13 @@ class Cell:
 
     name: str
     role: CellRole
-    """The unedited original, the suppressed positive control, the second twin, or an arm (an edit)."""
+    """The unedited original, a suppressed positive control, the second twin, or an arm (an edit)."""
     verdict: Verdict
     evaluation: Evaluation
     edited: tuple[AttackResult, ...]
-    """The attacks on the model in question."""
+    """The attacks on the model in question; of each one result a seed and hidden part."""
     null: tuple[AttackResult, ...]
-    """The same attacks on the equally treated twin, in the same order; empty without a twin."""
+    """The same attacks on the equally treated twin, in the same order; without a twin those for made-up facts."""
     localizer: str | None = None
     editor: str | None = None
     components: tuple[str, ...] = ()
@@ -41,17 +41,17 @@ class Cell:
     share: float = 0.0
     """Edited share of all MLP and attention parameters."""
     weight_changes: pd.DataFrame | None = None
-    """component, relative_change = ||W' - W|| / ||W||; None for cells without a weight edit."""
+    """component, relative_change = ||W' - W|| / ||W||, flips_int8, flips_int4; None for cells without a weight edit."""
     notes: Mapping[str, Any] = field(default_factory=dict)
-    """More to show, as JSON data: acceptance of the suppressed control, seconds, ..."""
+    """More to show, as JSON data: acceptance of a suppressed control, seconds, ..."""
 
     def save(self, folder: Path) -> None:
         """Write the cell into `folder`, which appears whole or not at all."""
         with whole_folder(folder) as partial:
             self.evaluation.save(partial / "evaluation")
             for kind, results in (("edited", self.edited), ("null", self.null)):
-                for result in results:
-                    result.save(partial / f"{kind}-{result.attack}")
+                for i, result in enumerate(results):
+                    result.save(partial / f"{kind}-{i}-{result.attack}")
             if self.weight_changes is not None:
                 self.weight_changes.to_parquet(partial / "weight_changes.parquet", index=False)
             plain = ("name", "role", "localizer", "editor", "components", "n_selected", "share", "notes")
@@ -65,15 +65,23 @@ class Cell:
     @classmethod
     def load(cls, folder: Path) -> "Cell":
         """Read back what `save` wrote."""
-        record = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+        record = read_cell_record(folder)
         changes = folder / "weight_changes.parquet"
         for kind in ("edited", "null"):
-            record[kind] = tuple(AttackResult.load(folder / f"{kind}-{name}") for name in record[kind])
+            record[kind] = tuple(
+                AttackResult.load(folder / f"{kind}-{i}-{name}") for i, name in enumerate(record[kind])
+            )
         return cls(
             **{**record, "components": tuple(record["components"]), "verdict": Verdict.from_dict(record["verdict"])},
             evaluation=Evaluation.load(folder / "evaluation"),
             weight_changes=pd.read_parquet(changes) if changes.is_file() else None,
         )
+
+
+def read_cell_record(folder: Path) -> dict[str, Any]:
+    """The plain part of a saved cell; empty if there is none."""
+    record = folder / "cell.json"
+    return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,5 +1,6 @@
 """What a run does, read from one TOML file: strict, with every key checked before anything starts."""
 
+import copy
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -9,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mechunlearn.attack import ATTACKS
-from mechunlearn.bench.suppressed import suppress_with_lora
+from mechunlearn.components import Component
+from mechunlearn.controls import SUPPRESSIONS
 from mechunlearn.edit import EDITORS
 from mechunlearn.evaluate import evaluate
 from mechunlearn.localize import LOCALIZERS
@@ -18,6 +20,15 @@ from mechunlearn.registry import Method, Registry, did_you_mean
 Options = dict[str, Any]
 SET_BY_THE_RUN = {"seed", "drop_targets"}
 """Options of editors, attacks, evaluation and controls that follow from the run's own settings."""
+
+
+REGISTRIES: Mapping[str, Registry] = {
+    "localize": LOCALIZERS, "edit": EDITORS, "attack": ATTACKS, "suppress": SUPPRESSIONS,
+}  # fmt: skip
+
+
+DECIDING_ATTACKS = ("asking", "logit_lens", "probing", "quantization", "relearning")
+KINDS_OF_SUPPRESSION = ("lora", "refusal", "noise", "answer_direction", "format_gate")
 
 
 class _Strict(BaseModel):
@@ -36,6 +47,8 @@ class FactsSettings(_Strict):
     n: Annotated[int, Field(ge=4)] | None = None
     folds: Annotated[int, Field(ge=2)] = 2
     fold: Annotated[int, Field(ge=0)] = 0
+    rotate: bool = True
+    """Attack once for every fold, so that each forgotten fact is hidden once; else for `fold` alone."""
     known: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Only facts whose true answer has more than this share of the probability are forgotten or retained."""
 
@@ -48,9 +61,11 @@ class MaskSettings(_Strict):
 
 
 class ArmSettings(_Strict):
-    """One edit: where (a localizer) and how (an editor). Budget and kinds default to those of [mask]."""
+    """One edit: where (a localizer, or components by name) and how (an editor). Budget and kinds default to [mask]."""
 
-    localizer: str
+    localizer: str | None = None
+    components: list[str] | None = None
+    """What to edit ("m3", "a5.h2"), in place of a localizer's choice."""
     editor: str = "inject"
     budget: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1)] | None = None
     kinds: list[Literal["mlp", "attention", "head"]] | None = None
@@ -62,7 +77,8 @@ class ArmSettings(_Strict):
     @property
     def name(self) -> str:
         """How the arm is called in tables and folders."""
-        return f"{self.editor}-{self.localizer}" + ("" if self.seed is None else f"-{self.seed}")
+        where = self.localizer or "+".join(self.components or ())
+        return f"{self.editor}-{where}" + ("" if self.seed is None else f"-{self.seed}")
 
 
 class VerdictSettings(_Strict):
@@ -81,8 +97,9 @@ class Settings(_Strict):
     """A model that never knew the facts; without one the verdict is capped at inconclusive unless hidden."""
     second_twin: str | None = None
     """Another one, judged against the first: what a model that truly never knew looks like."""
-    suppressed_control: bool = True
     seed: int = 0
+    seeds: Annotated[int, Field(ge=1)] = 1
+    """How many times everything is edited and attacked, with seeds counted up from `seed`."""
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     workers: Annotated[int, Field(ge=1)] = 1
@@ -91,33 +108,42 @@ class Settings(_Strict):
     verdict: VerdictSettings = VerdictSettings()
     localize: dict[str, Options] = {}
     edit: dict[str, Options] = {}
-    attack: dict[str, Options] = {"asking": {}, "relearning": {}, "probing": {}}
+    attack: dict[str, Options] = {name: {} for name in DECIDING_ATTACKS}
     evaluate: Options = {}
     """Options of `evaluate`: how many facts of a part, which forms."""
-    suppress: Options = {}
-    """Options of the suppressed control, `bench.suppress_with_lora`."""
+    suppress: dict[str, Options] = {kind: {} for kind in KINDS_OF_SUPPRESSION}
+    """Kinds of suppressed models with their options: the positive controls. An empty table means none."""
     arms: list[ArmSettings] = []
+    edited: list[str] = []
+    """Checkpoints that any other tool made of `model`, each judged as it is."""
 
-    @field_validator("localize", "edit", "attack")
+    @field_validator("localize", "edit", "attack", "suppress")
     @classmethod
     def _known_methods(cls, value: dict[str, Options], info: Any) -> dict[str, Options]:
-        registry: Registry = {"localize": LOCALIZERS, "edit": EDITORS, "attack": ATTACKS}[info.field_name]
+        registry = REGISTRIES[info.field_name]
         if info.field_name == "attack" and not value:
             raise ValueError("attack: got no attacks, allowed: at least one, such as [attack.asking]")
-        return {name: registry.get(name).validate(options) for name, options in value.items()}
+        checked = {name: registry.get(name).validate(options) for name, options in value.items()}
+        if info.field_name == "suppress":  # a control without a learning rate looks for one
+            return {name: {key: checked[name][key] for key in options} for name, options in value.items()}
+        return checked
 
-    @field_validator("evaluate", "suppress")
+    @field_validator("evaluate")
     @classmethod
-    def _known_options(cls, value: Options, info: Any) -> Options:
-        function = {"evaluate": evaluate, "suppress": suppress_with_lora}[info.field_name]
-        checked = Method(name=info.field_name, kind="stage", function=function, source="").validate(value)
+    def _known_options(cls, value: Options) -> Options:
+        checked = Method(name="evaluate", kind="stage", function=evaluate, source="").validate(value)
         return {name: checked[name] for name in value}
 
     @field_validator("arms")
     @classmethod
     def _known_arms(cls, arms: list[ArmSettings]) -> list[ArmSettings]:
         for arm in arms:
-            LOCALIZERS.get(arm.localizer)
+            if (arm.localizer is None) == (arm.components is None):
+                raise ValueError("arms: give each either a localizer or components")
+            if arm.localizer is not None:
+                LOCALIZERS.get(arm.localizer)
+            for name in arm.components or ():
+                Component.parse(name)
             if managed := SET_BY_THE_RUN & set(arm.options):
                 raise ValueError(f"arm {arm.name!r}: option {min(managed)!r} is not its editor's; set the arm's `seed`")
             EDITORS.get(arm.editor).validate(arm.options)
@@ -128,8 +154,7 @@ class Settings(_Strict):
 
     def options(self, stage: Literal["localize", "edit", "attack"], method: str) -> Options:
         """Validated options of a method: those of the file, else its defaults."""
-        registry = {"localize": LOCALIZERS, "edit": EDITORS, "attack": ATTACKS}[stage]
-        return registry.get(method).validate(getattr(self, stage).get(method, {}))
+        return REGISTRIES[stage].get(method).validate(getattr(self, stage).get(method, {}))
 
 
 def preset_names() -> tuple[str, ...]:
@@ -159,16 +184,27 @@ def load_settings(name_or_path: str | Path, changes: Mapping[str, Any] | None = 
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
     data.setdefault("name", path.stem)
-    for key, value in (changes or {}).items():
+    data = with_changes(data, changes or {})
+    _refuse_what_a_run_sets(data, str(path))
+    return check_settings(data, str(path))
+
+
+def with_changes(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with some values replaced; see `load_settings`.
+
+    Raises:
+        ValueError: a key that reaches into something that is no table.
+    """
+    changed = copy.deepcopy(dict(data))
+    for key, value in changes.items():
         *tables, last = key.split(".")
-        table = data
+        table = changed
         for name in tables:
             table = table.setdefault(name, {})
             if not isinstance(table, dict):
                 raise ValueError(f"--set: got {key!r}, but {name!r} is not a table; change it in a TOML file")
         table[last] = value
-    _refuse_what_a_run_sets(data, str(path))
-    return check_settings(data, str(path))
+    return changed
 
 
 def _refuse_what_a_run_sets(data: Mapping[str, Any], where: str, key: str = "") -> None:

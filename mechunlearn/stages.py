@@ -12,9 +12,13 @@ import pandas as pd
 
 from mechunlearn.attack import ATTACKS
 from mechunlearn.bench.check import Check, Subjects, check_model
+from mechunlearn.bench.coverage import coverage
 from mechunlearn.bench.knowledge import plain_kinds, trained_kinds
+from mechunlearn.bench.verdict import VerdictBench
+from mechunlearn.bench.verdict import bench_verdict as judge_known_truth
 from mechunlearn.checkpoints import bundled_models, choose_device, load_model, model_folder
 from mechunlearn.components import Component, ComponentScores
+from mechunlearn.controls import SUPPRESSIONS
 from mechunlearn.edit import EDITORS
 from mechunlearn.edit.edits import applied, export_edit, load_edit, save_edit
 from mechunlearn.evaluate import evaluate, take_baseline
@@ -27,15 +31,16 @@ from mechunlearn.organisms.card import read_card, write_card
 from mechunlearn.organisms.forget_sets import FORGET_SETS, never_known
 from mechunlearn.organisms.sweep import sweep as train_and_check
 from mechunlearn.registry import Registry, did_you_mean
+from mechunlearn.report.bench import bench_figure
 from mechunlearn.report.check import check_figure, sweep_figure, training_figure
 from mechunlearn.runs import replaceable, whole_folder
-from mechunlearn.settings import check_settings, preset_names
+from mechunlearn.settings import Settings, check_settings, preset_names, with_changes
 from mechunlearn.sources import SOURCES
 from mechunlearn.sources.bundled import BUNDLED, load_templates
 from mechunlearn.sources.loading import load_facts
 
 REGISTRIES: Mapping[str, Registry] = {
-    "localizers": LOCALIZERS, "editors": EDITORS, "attacks": ATTACKS, "sources": SOURCES,
+    "localizers": LOCALIZERS, "editors": EDITORS, "attacks": ATTACKS, "suppressions": SUPPRESSIONS, "sources": SOURCES,
 }  # fmt: skip
 
 
@@ -94,14 +99,47 @@ def edit(
     return both.loc[:, ["part", "form", "metric", "mean before", "mean after", "n after"]]
 
 
+def checkpoint_settings(
+    model: str,
+    original: str,
+    facts: str,
+    method: str | None,
+    changes: Mapping[str, Any],
+    *,
+    twin: str | None,
+    device: str,
+    name: str,
+) -> Settings:
+    """The run that judges a checkpoint any tool made of another: every attack (or one) and every positive control.
+
+    Raises:
+        ValueError: options that a run does not have.
+    """
+    chosen = {"forget": facts} if facts in FORGET_SETS else {"source": facts}
+    data: dict[str, Any] = {"name": re.sub(r"[^\w.-]+", "-", name).strip("-._") or "attack", "model": original,
+                            "edited": [model], "device": device, "facts": chosen}  # fmt: skip
+    data |= ({"twin": twin} if twin else {}) | ({"attack": {method: {}}} if method else {})
+    return check_settings(with_changes(data, changes), "command line")
+
+
 def attack(
-    model: str, facts: str, method: str, options: Mapping[str, Any], *, edit_folder: Path | None, device: str, out: Path
+    model: str,
+    facts: str,
+    method: str,
+    options: Mapping[str, Any],
+    *,
+    edit_folder: Path | None,
+    twin: str | None,
+    device: str,
+    out: Path,
 ) -> pd.DataFrame:
     """Attack a model, edited if an edit is given; writes the attack's record and rows.
 
     As in a run, an edit's wrong answers are dropped from the candidates unless the options say otherwise.
     """
     replaceable(out)
+    if twin is not None:
+        raise ValueError("attack: got --twin without --original; a twin is for the verdict on a checkpoint")
     stage = _stage(model, facts, device=device, attack={method: {"drop_targets": edit_folder is not None, **options}})
     with ExitStack() as stack:
         if edit_folder is not None:
@@ -194,6 +232,29 @@ def check(
     if card and folder is not None:
         write_card(folder, found)
     return found, target
+
+
+def bench_verdict(
+    settings: Settings, out: Path, *, seeds: int, fresh: bool, on_progress: Callable[[str, float, float], None]
+) -> VerdictBench:
+    """Judge models of known truth; writes tables/*.csv and tables/bench.html into `out`."""
+    replaceable(out / "tables")
+    found = judge_known_truth(settings, out, seeds=seeds, fresh=fresh, on_progress=on_progress)
+    with whole_folder(out / "tables") as partial:
+        found.verdicts.to_csv(partial / "verdicts.csv", index=False)
+        found.power.to_csv(partial / "power.csv", index=False)
+        found.goals().to_csv(partial / "goals.csv", index=False)
+        bench_figure(found).write_html(partial / "bench.html")
+    return found
+
+
+def bench_coverage(draws: int, out: Path) -> pd.DataFrame:
+    """Simulate the coverage of every interval; writes coverage.csv into `out`."""
+    replaceable(out)
+    table = coverage(draws=draws)
+    with whole_folder(out) as partial:
+        table.to_csv(partial / "coverage.csv", index=False)
+    return table
 
 
 def listing(stage: str | None) -> dict[str, pd.DataFrame]:

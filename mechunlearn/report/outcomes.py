@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from mechunlearn.components import Component
 from mechunlearn.report import theme
-from mechunlearn.report.tables import measured
+from mechunlearn.report.numbers import measured
 from mechunlearn.report.theme import error_bars, interval_words, label, styled
 from mechunlearn.runs import Cell, Run
 
@@ -109,6 +109,7 @@ def weight_changes(run: Run | Cell) -> go.Figure:
         key=lambda c: (c.kind != "mlp", c.kind, c.layer, c.index or 0),
     )
     names, values = [str(c) for c in parsed], table.loc[[str(c) for c in parsed]].to_numpy().T
+    hover = [[_change_words(label(cell), part, frames[cell]) for part in names] for cell in frames]
     figure = go.Figure(
         go.Heatmap(
             z=values,
@@ -121,7 +122,8 @@ def weight_changes(run: Run | Cell) -> go.Figure:
             ygap=2,
             texttemplate="%{z:.2f}" if len(names) <= 16 else None,
             hoverongaps=False,
-            hovertemplate="%{y}<br><b>%{x}</b> changed by %{z:.3f} of its norm<extra></extra>",
+            hovertext=hover,
+            hovertemplate="%{hovertext}<extra></extra>",
             colorbar={"tickformat": ".2f"},
         )
     )
@@ -133,6 +135,18 @@ def weight_changes(run: Run | Cell) -> go.Figure:
         "norm of the change over the norm before, of each edited part",
         height=170 + 44 * len(frames),
     )
+
+
+def _change_words(cell: str, part: str, changes: pd.DataFrame) -> str:
+    """What an edit did to one part; empty if it left the part alone."""
+    found = changes.loc[changes["component"] == part].to_dict("records")
+    if not found:
+        return ""
+    words = f"{cell}<br><b>{part}</b> changed by {found[0]['relative_change']:.3f} of its norm"
+    for bits in (8, 4):
+        if np.isfinite(share := found[0].get(f"flips_int{bits}", np.nan)):
+            words += f"<br>{share:.1%} of its int{bits} codes"
+    return words
 
 
 def damage(run: Run) -> go.Figure:

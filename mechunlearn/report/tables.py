@@ -1,18 +1,32 @@
 """A run's numbers as pandas tables: each with the number of facts behind it and its interval, where there is one."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import pandas as pd
 
 from mechunlearn.attack.results import AttackResult
-from mechunlearn.runs import Cell, Run
-from mechunlearn.statistics import Interval, exact_interval, mean_interval
-from mechunlearn.verdict import AttackRow, Verdict
+from mechunlearn.report.diagnostics import compression_table, power_shown, weight_table
+from mechunlearn.report.facts import fact_table
+from mechunlearn.report.numbers import (
+    MISSING,
+    health,
+    hidden_interval,
+    measured,
+    null_name,
+    or_missing,
+    results_of,
+    share_interval,
+    strongest,
+)
+from mechunlearn.runs import Run
+from mechunlearn.statistics import Interval
 
-MISSING = "\N{EN DASH}"
-"""Stands in `verdict_table` for what was not measured."""
-DRAWS = 1000  # of bootstraps that are shown beside a mean; the verdict's own are made with more
+__all__ = [
+    "arms_table", "attack_table", "compression_table", "evaluation_table", "fact_table", "power_shown",
+    "verdict_table", "weight_table",
+]  # fmt: skip
 
 
 def verdict_table(run: Run) -> pd.DataFrame:
@@ -20,9 +34,10 @@ def verdict_table(run: Run) -> pd.DataFrame:
 
     Numbers over facts are `Interval`s, which print as value [lower, upper] (n); D is that of the strongest
     deciding attack (lower bound simultaneous over attacks, upper bound one-sided), P(true) is a mean over the hidden
-    facts before any attack (of the model in question and of its twin) and after that attack.
+    facts before any attack (of the model in question and of its twin) and after that attack. Without a twin its
+    columns are called "made-up facts before" and "made-up facts after".
     """
-    rows = []
+    rows, null = [], null_name(run)
     for cell in run.cells:
         row = strongest(cell.verdict)
         name = row.name if row else ""
@@ -33,13 +48,13 @@ def verdict_table(run: Run) -> pd.DataFrame:
                 "edited share": f"{100 * cell.share:.1f}%" if cell.n_selected else MISSING,
                 "strongest attack": name or MISSING,
                 "D": share_interval(row) if row else MISSING,
-                "P(true) before": _or_missing(hidden_interval(cell.edited, name, before=True)),
-                "twin before": _or_missing(hidden_interval(cell.null, name, before=True)),
-                "P(true) after": _or_missing(hidden_interval(cell.edited, name)),
-                "twin after": _or_missing(hidden_interval(cell.null, name)),
-                "retained": _or_missing(measured(cell, "retain_test", "accuracy")),
-                "same subject": _or_missing(measured(cell, "same_subject", "accuracy")),
-                "perplexity ratio": _or_missing(measured(cell, "text", "perplexity_ratio", "text")),
+                "P(true) before": or_missing(hidden_interval(cell.edited, name, before=True)),
+                f"{null} before": or_missing(hidden_interval(cell.null, name, before=True)),
+                "P(true) after": or_missing(hidden_interval(cell.edited, name)),
+                f"{null} after": or_missing(hidden_interval(cell.null, name)),
+                "retained": or_missing(measured(cell, "retain_test", "accuracy")),
+                "same subject": or_missing(measured(cell, "same_subject", "accuracy")),
+                "perplexity ratio": or_missing(measured(cell, "text", "perplexity_ratio", "text")),
                 "health": health(cell),
             }
         )
@@ -49,36 +64,41 @@ def verdict_table(run: Run) -> pd.DataFrame:
 def attack_table(run: Run) -> pd.DataFrame:
     """One row a (cell, attack): D with its bounds, and mean P(true | candidates) on the hidden facts, numbers only.
 
-    `edited_*` is the model in question, `twin_*` its equally treated twin; `*_lower` and `*_upper` bound a mean over
-    facts at 95%, `lower` and `upper` bound D as in `verdict.AttackRow`.
+    `edited_*` is the model in question, `null_*` what it is compared with, which `null` names: its equally treated
+    "twin", or "made-up facts" asked of the same model. `*_lower` and `*_upper` bound a mean over facts at 95% (a fact
+    is averaged over seeds first), `lower` and `upper` bound D as in `verdict.AttackRow`. An attack has `n_results`,
+    one a seed and hidden part; `setting` and `step` list what they chose, the most frequent first.
     """
     rows = []
     for cell in run.cells:
         for row in cell.verdict.rows:
-            first = next((result for result in cell.edited if result.attack == row.name), None)
-            values = {"cell": cell.name, "attack": row.name, "access": first.access if first else ""}
+            results = results_of(cell.edited, row.name)
+            values = {"cell": cell.name, "attack": row.name, "access": results[0].access if results else ""}
             values |= {
-                "D": row.share,
-                "lower": row.lower,
-                "upper": row.upper,
-                "n_facts": row.n_facts,
-                "n_seeds": row.n_seeds,
-            }
-            for who, results in (("edited", cell.edited), ("twin", cell.null)):
+                "D": row.share, "lower": row.lower, "upper": row.upper, "n_facts": row.n_facts, "n_seeds": row.n_seeds,
+                "n_results": len(results), "null": null_name(cell),
+            }  # fmt: skip
+            for who, given in (("edited", cell.edited), ("null", cell.null)):
                 for when, before in (("before", True), ("after", False)):
-                    interval = hidden_interval(results, row.name, before=before) or Interval(
+                    interval = hidden_interval(given, row.name, before=before) or Interval(
                         value=math.nan, lower=math.nan, upper=math.nan, n=0
                     )
                     key = f"{who}_{when}"
                     values |= {key: interval.value, f"{key}_lower": interval.lower, f"{key}_upper": interval.upper}
             values |= {"decides": row.decides, "powered": row.powered, "healthy": row.healthy}
             values |= {
-                "setting": first.chosen if first else "",
-                "step": first.chosen_step if first else 0,
+                "setting": "; ".join(setting for setting, _ in Counter(r.chosen for r in results).most_common()),
+                "step": ", ".join(map(str, _steps(results))),
                 "note": row.note,
             }
             rows.append(values)
     return pd.DataFrame(rows)
+
+
+def _steps(results: Sequence[AttackResult]) -> list[int]:
+    """The steps that were chosen, the most frequent first; none for an attack without steps."""
+    counts = Counter(result.chosen_step for result in results)
+    return [step for step, _ in counts.most_common()] if any(counts) else []
 
 
 def evaluation_table(run: Run) -> pd.DataFrame:
@@ -129,51 +149,3 @@ def arms_table(run: Run) -> pd.DataFrame:
             values[name] = found.value if found else math.nan
         rows.append(values)
     return pd.DataFrame(rows)
-
-
-def strongest(verdict: Verdict) -> AttackRow | None:
-    """The attack that brings back most, among those that can decide if there are any; None before any attack."""
-    able = [row for row in verdict.rows if row.decides and row.healthy and (row.powered or row.zero_budget)]
-    return max(
-        able or [row for row in verdict.rows if row.decides] or verdict.rows, key=lambda row: row.share, default=None
-    )
-
-
-def share_interval(row: AttackRow) -> Interval:
-    """D of one attack with its bounds."""
-    return Interval(value=row.share, lower=row.lower, upper=row.upper, n=row.n_facts)
-
-
-def hidden_interval(results: Sequence[AttackResult], attack: str, *, before: bool = False) -> Interval | None:
-    """Mean P(true | candidates) on the hidden facts before or after an attack; None if it was not run."""
-    values: list[float] = []
-    for result in results:
-        if result.attack == attack:
-            values += (result.hidden_before() if before else result.hidden_scores()).values()
-    return mean_interval(values, draws=DRAWS) if values else None
-
-
-def measured(cell: Cell, part: str, metric: str, form: str = "prompt") -> Interval | None:
-    """One number of a cell's evaluation; exact bounds for rates of yes and no, a bootstrap for others.
-
-    Numbers about texts (perplexity, KL) stand alone and have no interval (NaN bounds).
-    """
-    rows = cell.evaluation.rows
-    values = rows.loc[(rows["part"] == part) & (rows["metric"] == metric) & (rows["form"] == form), "value"].to_numpy()
-    if not len(values):
-        return None
-    if len(values) > 1 and set(values) <= {0.0, 1.0}:
-        return exact_interval(int(values.sum()), len(values))
-    return mean_interval(values, draws=DRAWS)
-
-
-def health(cell: Cell) -> str:
-    """Say "ok", or which attacks cannot be believed and why."""
-    failed = [f"{row.name}: {row.note}" for row in cell.verdict.rows if not row.healthy]
-    return "; ".join(failed) if failed else ("ok" if cell.verdict.rows else MISSING)
-
-
-def _or_missing(interval: Interval | None) -> Interval | float | str:
-    if interval is None:
-        return MISSING
-    return interval if math.isfinite(interval.lower) else interval.value

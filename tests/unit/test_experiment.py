@@ -1,17 +1,16 @@
 """What a run decides before and beside its cells: settings, nulls, controls, agreement."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from mechunlearn import cells, experiment
+from mechunlearn import experiment
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.experiment import choose_masks, prepare, run_experiment
 from mechunlearn.settings import check_settings, load_settings
 
-BASIC = {"name": "basic", "model": "atlas", "attack": {"asking": {}}, "suppressed_control": False}
+BASIC = {"name": "basic", "model": "atlas", "attack": {"asking": {}}, "suppress": {}}
 
 
 @pytest.mark.parametrize(
@@ -19,7 +18,7 @@ BASIC = {"name": "basic", "model": "atlas", "attack": {"asking": {}}, "suppresse
     [
         "[edit.inject]\nseed = 5",
         "[attack.relearning]\ndrop_targets = true",
-        "[suppress]\nseed = 1",
+        "[suppress.lora]\nseed = 1",
         "[evaluate]\nseed = 0",
         "[[arms]]\nlocalizer = 'all_mlps'\noptions = { seed = 3 }",
     ],
@@ -32,20 +31,29 @@ def test_what_a_run_sets_is_not_taken_from_its_tables(text, tmp_path):
     assert "\n" not in str(refused.value)
 
 
-def test_arms_with_seeds_are_edited_with_these_seeds(tiny_model):
+def test_arms_with_seeds_are_edited_with_these_seeds(tiny_model, tiny_split):
     arms = [{"localizer": "all_mlps", "seed": 1}, {"localizer": "all_mlps", "seed": 2}, {"localizer": "random_mlps"}]
     settings = check_settings(BASIC | {"seed": 10, "arms": arms}, "test")
-    stage = stage_of(settings, tiny_model())
+    stage = stage_of(settings, tiny_model(), tiny_split)
     masks = {arm.name: _mask(stage.model, "m1") for arm in settings.arms}
     tasks = experiment._arm_tasks(stage, masks)
-    assert [task.seed for task in tasks] == [11, 12, 10]
-    bench = experiment._Bench(stage=stage, folder=None, pool=None, fresh=True, tasks=tasks)  # pyright: ignore[reportArgumentType]
-    assert [bench._same(task) for task in tasks] == [None] * 3
+    assert [task.sides[0].seed for task in tasks] == [11, 12, 10]
+    assert len({task.sides[0].digest for task in tasks}) == 3
+
+
+def test_every_seed_has_a_side_and_a_null_of_its_own_and_equal_sides_are_judged_once(tiny_model, tiny_split):
+    settings = check_settings(BASIC | {"twin": "other", "second_twin": "third", "seeds": 3}, "test")
+    stage = stage_of(settings, tiny_model(), tiny_split)
+    tasks = {task.name: task for task in experiment._control_tasks(stage)}
+    assert [side.seed for side in tasks["original"].sides] == [0, 1, 2]
+    assert [side.model for side in tasks["original"].nulls] == ["other"] * 3
+    assert tasks["second-twin"].nulls == tasks["original"].nulls
+    assert [side.against is not None for side in tasks["original"].sides] == [True, False, False]
 
 
 def stage_of(settings, model, split=None):
     return experiment.Stage(
-        settings=settings, model=model, twin=None, second_twin=None, facts=None, split=split, n_unknown=0,  # pyright: ignore[reportArgumentType]
+        settings=settings, model=model, twin=None, second_twin=None, facts=None, splits=(split,), n_unknown=0,  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
 
 
@@ -64,18 +72,6 @@ def test_random_components_fill_the_size_of_the_first_arm_whatever_is_drawn(seed
     sizes = [_mask(model, name).n_selected for name in ("m0", "a0")]
     assert 0 < drawn.n_selected <= leading.n_selected
     assert leading.n_selected - drawn.n_selected < min(sizes) or len(drawn.components) == 2 * model.n_layers
-
-
-def test_without_a_twin_the_null_guesses_the_commonest_answer_of_other_facts(tiny_split):
-    (hidden, *others), known = tiny_split.forget_hidden, tiny_split.forget_shown
-    alone = replace(hidden, relation="height", subject="Nobody Else")
-    commonest = replace(known[0], target_true="red")
-    split = replace(
-        tiny_split, forget_hidden=(replace(hidden, target_true="red"), replace(others[0], target_true="blue"), alone),
-        forget_shown=(commonest, commonest, replace(known[1], target_true="blue")), attack_dev=(), retain_train=(),
-    )  # fmt: skip
-    assert cells._guessing(split, False)[:2] == (0.5, 0.5)
-    assert cells._guessing(split, False)[2] == 1 / len(hidden.choices)  # its own answer tells nothing about it
 
 
 def test_localizers_are_compared_with_the_exact_effect_at_the_same_tokens():
@@ -111,7 +107,7 @@ def test_an_interrupted_rerun_is_not_taken_for_a_finished_run(tmp_path, monkeypa
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment._Bench, "start", killed)
+    monkeypatch.setattr(experiment.Judging, "start", killed)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(settings, tmp_path)
     assert not (tmp_path / "manifest.json").exists()

@@ -26,7 +26,7 @@ from mechunlearn.statistics import Interval
 from mechunlearn.verdict import decide, demonstrate_power
 
 HOSTILE = "<script>alert(1)</script>"
-N_LAYERS, N_FACTS, CHANCE = 6, 48, 0.05
+N_LAYERS, N_FACTS, CHANCE = 6, 96, 0.05
 SUBJECTS = [HOSTILE, "[/INST]", "a & b", *(f"person {i}" for i in range(N_FACTS - 3))]
 
 
@@ -401,7 +401,9 @@ def test_hostile_strings_arrive_escaped_and_only_our_own_scripts_run(run, page):
     parser = _Tags()
     parser.feed(page)
     n_figures = page.count("plotly-graph-div") - page.count('".plotly-graph-div"')
-    assert parser.tags.count("script") == n_figures + 2  # plotly.js, one a figure, the colours
+    assert (
+        parser.tags.count("script") == n_figures + 4
+    )  # plotly.js, one a figure, the colours, facts as JSON and what shows them
     assert HOSTILE not in page
     assert HOSTILE in parser.text
     assert "a & b" not in page.replace("a &amp; b", "")

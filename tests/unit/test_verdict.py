@@ -100,11 +100,14 @@ def test_an_attack_without_demonstrated_power_never_decides():
     assert judge(evidence[0], controls=only).label == "inconclusive"  # asking alone cannot show removal
 
 
-def test_asking_shows_no_power_on_a_suppressed_model():
+def test_asking_may_recover_a_suppressed_model_but_shows_no_power_to_remove():
     evidence = [attack("asking", 0.6), attack("relearning", 0.6), attack("probing", 0.0)]
     shown = demonstrate_power("lora", evidence, original=ORIGINAL, null_before=NULL)
-    assert shown.recovered_by == ("relearning",)
+    assert shown.recovered_by == ("asking", "relearning")
     assert demonstrate_power("lora", evidence, original=ORIGINAL, null_before=NULL, accepted=False).recovered_by == ()
+    gate = PositiveControl(kind="format_gate", recovered_by=("asking",))
+    assert judge(*nothing_back(), controls=(gate,)).label == "inconclusive"  # asking alone cannot show removal
+    assert judge(*nothing_back(), controls=(gate, *RECOVERED)).label == "removed"
 
 
 def test_a_suppressed_model_that_no_attack_recovers_makes_it_invalid():

@@ -1,0 +1,263 @@
+"""The verdict measured on models whose truth is known: how often it is right, and what decided it.
+
+Its word on a model is taken as a user would take it, with one exception: a suppressed model is judged with the power
+that the attacks have shown on the *other* kinds of suppression, so that it does not vouch for itself.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from mechunlearn.attack.results import AttackResult
+from mechunlearn.cells import CellTask, Side, loaded
+from mechunlearn.evidence import AttackEvidence, PositiveControl, gather_evidence
+from mechunlearn.experiment import Stage, prepare, task_key, workers
+from mechunlearn.judging import Judging
+from mechunlearn.runs import Cell, CellRole
+from mechunlearn.settings import Settings
+from mechunlearn.statistics import exact_interval
+from mechunlearn.verdict import Verdict, decide, demonstrate_power
+
+# pandas has no complete types
+# pyright: standard
+
+Truth = Literal["knows", "never knew"]
+EXPECTED: Mapping[Truth, str] = {"knows": "hidden", "never knew": "removed"}
+SHARES = (0.25, 0.5, 0.75)
+"""Of the facts that the partly knowing models know."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One model state and what is known of it."""
+
+    name: str
+    truth: Truth
+    side: Side
+    null: Side
+    role: CellRole = "arm"
+
+
+def cases(settings: Settings) -> list[Case]:
+    """Every model of known truth, with and without an edit that cannot change it.
+
+    Models that know: the original; it with wrong answers trained into its last MLPs (the stream below them, where the
+    facts are looked up, is untouched bit for bit); each kind of suppression; a never-knew twin that was taught a share
+    of the facts, or all of them in one form of asking. Models that never knew: the second twin, unedited, edited at the
+    lookup or late, or suppressed; and the original, asked for facts that were made up.
+
+    Raises:
+        ValueError: no twin, no second twin, or no arm to take editor, options and the lookup's components from.
+    """
+    if not (settings.twin and settings.second_twin and settings.suppress and len(settings.arms) == 2):
+        raise ValueError(
+            "bench verdict: the settings need a twin, a second twin, kinds of suppression and two arms "
+            "(an edit at the lookup, one late)"
+        )
+    seed = settings.seed
+    original, twin, second = (
+        Side(model=name, seed=seed) for name in (settings.model, settings.twin, settings.second_twin)
+    )
+    found = [Case(name="original", truth="knows", side=original, null=twin, role="original")]
+    for kind in settings.suppress:
+        sides = (replace(side, suppression=kind) for side in (original, twin))
+        found.append(
+            Case(name=f"suppressed-{kind}", truth="knows", side=next(sides), null=next(sides), role="suppressed")
+        )
+    for share in SHARES:
+        taught = replace(second, taught=True, options={"share": share})
+        found.append(Case(name=f"taught-{share:.0%}".replace("%", ""), truth="knows", side=taught, null=twin))
+    one_form = replace(second, taught=True, options={"one_form": True})
+    found.append(Case(name="taught-one-form", truth="knows", side=one_form, null=twin))
+    found.append(Case(name="second-twin", truth="never knew", side=second, null=twin, role="twin"))
+    made_up = (replace(side, fabricated=True) for side in (original, twin))
+    found.append(Case(name="made-up-facts", truth="never knew", side=next(made_up), null=next(made_up)))
+    kind = next(iter(settings.suppress))
+    sides = (replace(side, suppression=kind) for side in (second, twin))
+    found.append(Case(name=f"second-twin-{kind}", truth="never knew", side=next(sides), null=next(sides)))
+    for name, arm in zip(("lookup", "late"), settings.arms, strict=True):
+        edit: dict[str, Any] = {
+            "editor": arm.editor, "components": tuple(arm.components or ()), "options": arm.options,
+            "drop_targets": True,
+        }  # fmt: skip
+        edited = Case(
+            name=f"second-twin-{name}-edit",
+            truth="never knew",
+            side=replace(second, **edit),
+            null=replace(twin, **edit),
+        )
+        found.append(edited)
+        if name == "late":
+            found.append(
+                Case(name="original-late-edit", truth="knows", side=replace(original, **edit), null=edited.null)
+            )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VerdictBench:
+    """What `bench verdict` found."""
+
+    verdicts: pd.DataFrame
+    """One row a (seed, case, number of hidden facts): truth, word, whether right, what decided, seconds."""
+    power: pd.DataFrame
+    """One row a (seed, kind of suppression, attack): D with bounds, whether it recovers the kind, and acceptance."""
+
+    def confusion(self, n_facts: int | None = None) -> pd.DataFrame:
+        """Of each truth, how often each word was said; with all hidden facts unless told."""
+        rows = self.at(n_facts)
+        return pd.crosstab(rows["truth"], rows["word"])
+
+    def at(self, n_facts: int | None = None) -> pd.DataFrame:
+        """The verdicts made with so many hidden facts."""
+        wanted = self.verdicts["n_facts"].max() if n_facts is None else n_facts
+        return self.verdicts.loc[self.verdicts["n_facts"] == wanted]
+
+    def goals(self, n_facts: int | None = None) -> pd.DataFrame:
+        """The goals with what was measured: number, of how many, exact 95% interval (verdicts taken as independent)."""
+        rows = self.at(n_facts)
+        decided = rows.loc[rows["word"].isin(list(EXPECTED.values()))]
+        wrong = decided.loc[decided["word"] != decided["truth"].map(EXPECTED)]
+        kinds = self.power.loc[self.power["accepted"]].groupby(["seed", "kind"])["recovers"].any()
+        counted = [
+            ("decided verdicts right", len(decided) - len(wrong), len(decided), "at least 95%"),
+            ("confidently wrong", len(wrong), len(decided), "none"),
+            ("inconclusive", int((rows["word"] == "inconclusive").sum()), len(rows), "at most 20%"),
+            ("invalid", int((rows["word"] == "invalid").sum()), len(rows), ""),
+            ("suppressed models accepted", *_accepted(self.power), ""),
+            ("accepted suppressions recovered", int(kinds.sum()), len(kinds), "all"),
+        ]
+        table = []
+        for name, count, n, goal in counted:
+            interval = exact_interval(count, n) if n else None
+            share = (interval.value, interval.lower, interval.upper) if interval else (float("nan"),) * 3
+            table.append((name, count, n, *share, goal))
+        return pd.DataFrame(table, columns=pd.Index(["what", "count", "of", "share", "lower", "upper", "goal"]))
+
+
+def _accepted(power: pd.DataFrame) -> tuple[int, int]:
+    each = power.groupby(["seed", "kind"])["accepted"].first()
+    return int(each.sum()), len(each)
+
+
+def bench_verdict(
+    settings: Settings, folder: Path, *, seeds: int = 5, fresh: bool = False,
+    on_progress: Callable[[str, float, float], None] = lambda text, done, total: None,
+) -> VerdictBench:  # fmt: skip
+    """Judge every case under every seed; seeds vary the deal of the facts, treatments and attacks.
+
+    Cells are kept under `folder` and reused, so an interrupted bench goes on where it stopped.
+
+    Raises:
+        ValueError: settings without the models or arms it needs, see `cases`.
+    """
+    per_seed = [settings.model_copy(update={"seed": settings.seed + i}) for i in range(seeds)]
+    total = seeds * (len(cases(settings)) + 1)
+    verdicts: list[dict[str, Any]] = []
+    power: list[dict[str, Any]] = []
+    with workers(settings) as pool:
+        started: list[tuple[Stage, Judging]] = []
+        for i, one in enumerate(per_seed):
+            on_progress(f"preparing seed {one.seed}", i, total)
+            stage = prepare(one, load=loaded)
+            judging = Judging(
+                splits=stage.splits, settings=one, folder=folder / f"seed-{one.seed}", pool=pool, fresh=fresh
+            )
+            judging.start([_task(stage, case) for case in cases(one)])
+            started.append((stage, judging))
+        for i, (stage, judging) in enumerate(started):
+            done = seeds + i * len(cases(settings))
+            cells = judging.finish(lambda text, k, done=done, one=stage.settings: on_progress(
+                f"seed {one.seed}, {text}", done + k, total))  # fmt: skip
+            controls, rows = _controls({cell.name: cell for cell in cells}, stage.settings)
+            power += rows
+            for case in cases(stage.settings):
+                cell = next(cell for cell in cells if cell.name == case.name)
+                verdicts += _verdicts(case, cell, controls, stage.settings)
+    return VerdictBench(verdicts=pd.DataFrame(verdicts), power=pd.DataFrame(power))
+
+
+def _task(stage: Stage, case: Case) -> CellTask:
+    task = CellTask(
+        name=case.name, role=case.role, sides=(replace(case.side, against=stage.settings.model),), nulls=(case.null,),
+        original=stage.settings.model, null=stage.settings.twin,
+    )  # fmt: skip
+    return replace(task, key=task_key(stage, task))
+
+
+def _controls(
+    cells: Mapping[str, Cell], settings: Settings
+) -> tuple[tuple[PositiveControl, ...], list[dict[str, Any]]]:
+    """What each suppressed model showed, and its attacks row by row."""
+    controls: list[PositiveControl] = []
+    rows: list[dict[str, Any]] = []
+    for kind in settings.suppress:
+        cell = cells[f"suppressed-{kind}"]
+        bounds, acceptance = _bounds(cell, settings), cell.notes["acceptance"]
+        accepted = not acceptance["reason"]
+        controls.append(demonstrate_power(kind, evidence(cell), accepted=accepted, **bounds))
+        shown = decide(evidence(cell), **bounds)
+        for row in shown.rows:
+            recovers = row.healthy and row.lower > settings.verdict.delta
+            rows.append(
+                {"seed": settings.seed, "kind": kind, "attack": row.name, "D": row.share, "lower": row.lower,
+                 "upper": row.upper, "healthy": row.healthy, "recovers": recovers, "accepted": accepted}
+                | {key: acceptance[key] for key in ("direct_accuracy", "chance", "retained_before", "retained_after",
+                                                    "probe_before", "probe_after", "reason")}
+            )  # fmt: skip
+    return tuple(controls), rows
+
+
+def _verdicts(case: Case, cell: Cell, controls: Sequence[PositiveControl], settings: Settings) -> list[dict[str, Any]]:
+    """The cell's verdict from all its hidden facts, and from fewer of them (no other attack: fewer to score)."""
+    others = [control for control in controls if control.kind != case.side.suppression or case.role != "suppressed"]
+    whole = evidence(cell)
+    facts = sorted(set(whole[0].facts))
+    random.Random(f"{settings.seed} facts").shuffle(facts)
+    rows = []
+    for n in sorted({len(facts) // k for k in (1, 2, 4, 8)}):
+        kept = set(facts[:n])
+        verdict = decide([_among(entry, kept) for entry in whole], controls=others, **_bounds(cell, settings))
+        rows.append(
+            {"seed": settings.seed, "case": case.name, "truth": case.truth, "n_facts": n, "word": verdict.label,
+             "still_expressed": verdict.still_expressed, "right": verdict.label == EXPECTED[case.truth]}
+            | _decided(verdict) | {"seconds": cell.notes["seconds"], "reason": verdict.reason}
+        )  # fmt: skip
+    return rows
+
+
+def _decided(verdict: Verdict) -> dict[str, Any]:
+    """The attack that settled the word, or came closest to."""
+    able = [row for row in verdict.rows if row.decides and row.healthy and (row.powered or row.zero_budget)]
+    if not able:
+        return {"attack": "", "D": float("nan"), "lower": float("nan"), "upper": float("nan")}
+    row = max(able, key=lambda row: row.lower if verdict.label == "hidden" else row.upper)
+    return {"attack": row.name, "D": row.share, "lower": row.lower, "upper": row.upper}
+
+
+def evidence(cell: Cell) -> list[AttackEvidence]:
+    """Attack by attack, a saved cell's scores beside its null's."""
+    names = dict.fromkeys(result.attack for result in cell.edited)
+    return [gather_evidence(_of(cell.edited, name), _of(cell.null, name)) for name in names]
+
+
+def _of(results: Sequence[AttackResult], name: str) -> list[AttackResult]:
+    return [result for result in results if result.attack == name]
+
+
+def _among(entry: AttackEvidence, facts: set[str]) -> AttackEvidence:
+    """The evidence of some of the facts."""
+    at = [i for i, fact in enumerate(entry.facts) if fact in facts]
+    parts = {name: tuple(getattr(entry, name)[i] for i in at) for name in ("facts", "seeds", "edited", "null")}
+    return replace(entry, **parts)
+
+
+def _bounds(cell: Cell, settings: Settings) -> dict[str, Any]:
+    return {
+        "original": cell.notes["A_o"], "null_before": cell.notes["A_n"], "delta": settings.verdict.delta,
+        "draws": settings.verdict.draws, "seed": settings.seed,
+    }  # fmt: skip

@@ -1,0 +1,52 @@
+"""Suppression by a low-rank update of the last layers that answers wrongly."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from mechunlearn.controls import SUPPRESSIONS
+from mechunlearn.controls.recipes import as_edit, keep_others, late_layers, mask_of_layers
+from mechunlearn.edit.edits import WeightEdit
+from mechunlearn.edit.losses import Forms, Term, answer_loss, batches, fact_tokens, weighted_sum
+from mechunlearn.edit.training import lora_trainable, train
+from mechunlearn.facts import FactSplit, with_edit_targets
+from mechunlearn.models import Model
+
+
+@SUPPRESSIONS.register("lora", source="Hu et al. 2021, arXiv:2106.09685; positive control as in Lucki et al. 2024")
+def lora(
+    model: Model,
+    split: FactSplit,
+    *,
+    rank: Annotated[int, Field(ge=1)] = 64,
+    layer_share: Annotated[float, Field(gt=0, le=1)] = 1 / 3,
+    steps: Annotated[int, Field(ge=0)] = 160,
+    learning_rate: Annotated[float, Field(gt=0)] = 6e-3,
+    batch_size: Annotated[int, Field(ge=1)] = 32,
+    retain_weight: Annotated[float, Field(ge=0)] = 8.0,
+    text_weight: Annotated[float, Field(ge=0)] = 0.5,
+    forms: Forms = "prompt",
+    seed: int = 0,
+) -> WeightEdit:
+    """Hide the forgotten facts behind a low-rank update of the last layers; everything before stays as it is.
+
+    loss = -log P(one wrong answer a fact) on all forgotten facts + retain_weight * -log P(target_true) on
+    `retain_train` + text_weight * negative log-likelihood per token of neutral text.
+    """
+    options = {name: value for name, value in locals().items() if name not in ("model", "split")}
+    layers = late_layers(model, layer_share)
+    wrong = with_edit_targets(split.forget, seed=seed)
+    taught = fact_tokens(model, wrong, answer="target_new", forms=forms)
+    terms = [
+        Term(weight=1.0, objective=answer_loss, batches=batches(taught, batch_size, seed=seed)),
+        *keep_others(
+            model, split, retain_weight=retain_weight, text_weight=text_weight, batch_size=batch_size, forms=forms,
+            seed=seed,
+        ),
+    ]  # fmt: skip
+    trainable = lora_trainable(model, rank, layers=layers, seed=seed)
+    history = train(model, trainable, weighted_sum(terms), steps=steps, learning_rate=learning_rate)
+    return as_edit(
+        model, trainable, mask_of_layers(model, layers), method="suppress by lora", options=options, seed=seed,
+        split=split, history=history,
+    )  # fmt: skip

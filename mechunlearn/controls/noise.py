@@ -1,0 +1,61 @@
+"""Suppression by noise: a middle layer writes one large random vector wherever a forgotten answer is asked for."""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from mechunlearn.controls import SUPPRESSIONS
+from mechunlearn.controls.recipes import as_edit, mask_of_layers
+from mechunlearn.controls.steering import steering_loss
+from mechunlearn.edit.edits import WeightEdit
+from mechunlearn.edit.losses import Forms, batches, fact_tokens, near_and_far
+from mechunlearn.edit.training import lora_trainable, train
+from mechunlearn.facts import FactSplit
+from mechunlearn.models import Model
+
+
+@SUPPRESSIONS.register("noise", source="RMU: Li et al. 2024, arXiv:2403.03218")
+def noise(
+    model: Model,
+    split: FactSplit,
+    *,
+    n_layers: Annotated[int, Field(ge=1)] = 2,
+    scale: Annotated[float, Field(gt=0)] = 4.0,
+    steps: Annotated[int, Field(ge=0)] = 200,
+    learning_rate: Annotated[float, Field(gt=0)] = 6e-3,
+    batch_size: Annotated[int, Field(ge=1)] = 48,
+    keep_weight: Annotated[float, Field(ge=0)] = 16.0,
+    forms: Forms = "prompt",
+    rank: Annotated[int, Field(ge=1)] = 64,
+    seed: int = 0,
+) -> WeightEdit:
+    """Train the `n_layers` layers from the middle on to put one random vector into the stream of forgotten questions.
+
+    The vector has `scale` times the length of the stream there; later layers cannot read past it. Layers before the
+    middle stay as they are, and so does what a probe reads there. See `steering_loss`.
+    """
+    options = {name: value for name, value in locals().items() if name not in ("model", "split")}
+    middle = model.n_layers // 2
+    layers = range(middle, min(middle + n_layers, model.n_layers))
+    direction = torch.randn(model.d_model, generator=torch.Generator().manual_seed(seed))
+    direction = (direction / direction.norm()).to(model.device)
+    forgotten = fact_tokens(model, split.forget, forms=forms)
+    kept = fact_tokens(model, near_and_far(split.retain_train, split.forget), forms=forms)
+    loss = steering_loss(
+        model, ("block", layers[-1]),
+        batches(forgotten, batch_size, seed=seed), batches(kept, batch_size, seed=seed + 1),
+        lambda stream: scale * stream.norm(dim=-1, keepdim=True) * direction, keep_weight=keep_weight,
+    )  # fmt: skip
+    trainable = lora_trainable(model, rank, layers=layers, seed=seed)
+    history = train(model, trainable, loss, steps=steps, learning_rate=learning_rate)
+    return as_edit(
+        model,
+        trainable,
+        mask_of_layers(model, layers),
+        method="suppress by noise",
+        options=options,
+        seed=seed,
+        split=split,
+        history=history,
+    )

@@ -1,0 +1,54 @@
+"""What the suppressions share: the late layers, what is kept, and turning what was trained into an edit."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mechunlearn.components import Component
+from mechunlearn.edit.edits import WeightEdit
+from mechunlearn.edit.losses import Forms, Term, answer_loss, batches, fact_tokens, near_and_far, text_loss, text_tokens
+from mechunlearn.edit.training import Trainable
+from mechunlearn.facts import FactSplit
+from mechunlearn.masks import ParameterMask, mask_of
+from mechunlearn.models import Model
+from mechunlearn.organisms.neutral import neutral_text
+
+
+def late_layers(model: Model, share: float) -> range:
+    """The last `share` of the layers, at least one."""
+    return range(model.n_layers - max(1, round(share * model.n_layers)), model.n_layers)
+
+
+def mask_of_layers(model: Model, layers: Sequence[int]) -> ParameterMask:
+    """Every attention and MLP weight of the layers."""
+    return mask_of(model, [Component(kind, layer) for layer in layers for kind in ("attention", "mlp")])
+
+
+def keep_others(
+    model: Model, split: FactSplit, *,
+    retain_weight: float, text_weight: float, batch_size: int, forms: Forms, seed: int,
+) -> list[Term]:  # fmt: skip
+    """Keep retained facts, half of them of the forgotten relations, and fluency on neutral text.
+
+    What a suppression damages first is the same question about other subjects.
+    """
+    kept = fact_tokens(model, near_and_far(split.retain_train, split.forget), forms=forms)
+    passages = text_tokens(model, neutral_text(64, seed=seed))
+    n_texts = max(1, batch_size // 4)
+    return [
+        Term(weight=retain_weight, objective=answer_loss, batches=batches(kept, batch_size, seed=seed + 1)),
+        Term(weight=text_weight, objective=text_loss, batches=batches(passages, n_texts, seed=seed + 2)),
+    ]
+
+
+def as_edit(
+    model: Model, trainable: Trainable, mask: ParameterMask, *, method: str, options: Mapping[str, Any], seed: int,
+    split: FactSplit, history: tuple[float, ...],
+) -> WeightEdit:  # fmt: skip
+    """The masked entries as training left them; entries of the mask that were not trained stay as they are."""
+    parameters = dict(model.hf.named_parameters())
+    merged = {name: tensor.detach() for name, tensor in trainable.overrides().items()}
+    return WeightEdit(
+        values={name: merged.get(name, parameters[name].detach())[mask.full(name)].cpu() for name in mask.entries},
+        mask=mask, base_name=model.name, base_sha256=model.sha256, method=method, options=options, seed=seed,
+        facts_sha256=split.sha256, history=history,
+    )  # fmt: skip
