@@ -214,7 +214,8 @@ def conclude(
         name=task.name, role=task.role, evaluation=first.evaluation, verdict=verdict,
         edited=tuple(result for side in sides for result in side.results),
         null=tuple(result for side in nulls for result in side.results),
-        localizer=task.localizer, editor=own.editor, components=own.components or _changed(own, first), n_selected=first.n_selected,
+        localizer=task.localizer, editor=own.editor, components=own.components or _changed(own, first),
+        n_selected=first.n_selected,
         share=first.share, weight_changes=first.weight_changes, notes=notes,
     )  # fmt: skip
 

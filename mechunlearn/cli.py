@@ -163,7 +163,7 @@ def attack(
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A finished run's folder.")]) -> None:
-    """Write report.html and verdicts.csv of a finished run again and print its verdicts."""
+    """Write report.html, verdicts.csv and facts.csv of a finished run again and print its verdicts."""
     from mechunlearn.runs import load_run
 
     _finish(load_run(folder), folder)
@@ -248,7 +248,7 @@ def bench_verdict(
     config: Annotated[
         str, typer.Argument(help="A preset or TOML file with the models, controls and attacks.")
     ] = "bench",
-    quick: Annotated[bool, typer.Option("--quick", help="One seed, few facts, two kinds of suppression.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed, few facts, five models.")] = False,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many times all is dealt, made and attacked.")] = 5,
     out: Annotated[Path, typer.Option("--out", help="Folder of finished cells and tables.")] = Path(".runs/bench"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Do not reuse finished parts.")] = False,
@@ -259,7 +259,9 @@ def bench_verdict(
     from mechunlearn import stages
 
     with _progress() as progress:
-        bench = stages.bench_verdict(settings, out, seeds=1 if quick else seeds, fresh=fresh, on_progress=progress)
+        bench = stages.bench_verdict(
+            settings, out, seeds=1 if quick else seeds, quick=quick, fresh=fresh, on_progress=progress
+        )
     _print_frame(bench.confusion().reset_index(), title="Truth, and what was said (verdicts)")
     shown = bench.at().loc[:, ["seed", "case", "word", "attack", "D", "lower", "upper", "seconds"]]
     _print_frame(shown, title="Every model")
@@ -294,13 +296,14 @@ def main() -> None:
 
 
 def _finish(run: Any, folder: Path) -> None:
-    """Write a run's report and print what it says; the whole table is in verdicts.csv and in the report."""
+    """Write a run's report and print what it says; the whole tables are in csv files and in the report."""
     from mechunlearn.report.html import write_report
-    from mechunlearn.report.tables import verdict_table
+    from mechunlearn.report.tables import fact_table, verdict_table
 
     path = write_report(run, folder / "report.html")
     table = verdict_table(run)
     table.to_csv(folder / "verdicts.csv", index=False)
+    fact_table(run).to_csv(folder / "facts.csv", index=False, float_format="%.3f")
     for line in run.manifest["summary"]:
         console.print(escape(line))
     shown = ["cell", "verdict", "edited share", "strongest attack", "D", "retained", "health"]

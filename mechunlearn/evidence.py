@@ -80,12 +80,12 @@ def gather_evidence(edited: Sequence[Any], twin: Sequence[Any], *, paired: bool 
         seeds += [u.seed] * len(mine)
         scores += list(mine.values())
         nulls += [other[key] for key in mine] if paired else list(other.values())
-    failed = [
+    failed = dict.fromkeys(
         f"{who}: {r.health.reason}"
-        for who, rs in (("edited", edited), ("twin", twin))
+        for who, rs in (("edited", edited), ("twin" if paired else "made-up facts", twin))
         for r in rs
         if not r.health.healthy
-    ]
+    )
     first = edited[0]
     return AttackEvidence(
         name=first.attack, facts=tuple(facts), seeds=tuple(seeds), edited=tuple(scores), null=tuple(nulls),

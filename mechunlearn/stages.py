@@ -14,7 +14,7 @@ from mechunlearn.attack import ATTACKS
 from mechunlearn.bench.check import Check, Subjects, check_model
 from mechunlearn.bench.coverage import coverage
 from mechunlearn.bench.knowledge import plain_kinds, trained_kinds
-from mechunlearn.bench.verdict import VerdictBench
+from mechunlearn.bench.verdict import QUICK, VerdictBench
 from mechunlearn.bench.verdict import bench_verdict as judge_known_truth
 from mechunlearn.checkpoints import bundled_models, choose_device, load_model, model_folder
 from mechunlearn.components import Component, ComponentScores
@@ -235,11 +235,19 @@ def check(
 
 
 def bench_verdict(
-    settings: Settings, out: Path, *, seeds: int, fresh: bool, on_progress: Callable[[str, float, float], None]
+    settings: Settings,
+    out: Path,
+    *,
+    seeds: int,
+    quick: bool,
+    fresh: bool,
+    on_progress: Callable[[str, float, float], None],
 ) -> VerdictBench:
     """Judge models of known truth; writes tables/*.csv and tables/bench.html into `out`."""
     replaceable(out / "tables")
-    found = judge_known_truth(settings, out, seeds=seeds, fresh=fresh, on_progress=on_progress)
+    found = judge_known_truth(
+        settings, out, seeds=seeds, only=QUICK if quick else (), fresh=fresh, on_progress=on_progress
+    )
     with whole_folder(out / "tables") as partial:
         found.verdicts.to_csv(partial / "verdicts.csv", index=False)
         found.power.to_csv(partial / "power.csv", index=False)

@@ -10,9 +10,9 @@ import pandas as pd
 from pydantic import Field
 
 from mechunlearn.attack import ATTACKS
+from mechunlearn.attack.by_form import scores_in_form
 from mechunlearn.attack.results import AttackResult, Health, fact_rows
 from mechunlearn.facts import Fact, FactSplit
-from mechunlearn.metrics import score_facts
 from mechunlearn.models import Model
 from mechunlearn.prompts import candidates, encode, encode_answers, forms, max_positions
 
@@ -145,15 +145,8 @@ class _Asker:
             at = [i for i, fact in enumerate(worded) if (fact is not None) is own]
             if at:
                 put = [worded[i] or facts[i] for i in at]
-                parts.append(self._score(put, asked).set_index(np.array(at)))
+                scores = scores_in_form(
+                    self.model, put, asked, drop_targets=self.drop_targets, seed=self.seed, batch_size=self.batch_size
+                )
+                parts.append(scores.set_index(np.array(at)))
         return pd.concat(parts).sort_index()
-
-    def _score(self, facts: Sequence[Fact], form: str) -> pd.DataFrame:
-        scores = score_facts(
-            self.model, facts, form, drop_targets=self.drop_targets, batch_size=self.batch_size, seed=self.seed
-        )
-        if form == "choice":
-            own = np.array([1 / len(candidates(fact, drop_targets=self.drop_targets)) for fact in facts])
-            skill = (scores["p_true"] - scores["chance"]) / (1 - scores["chance"])
-            scores["p_true"] = own + (1 - own) * skill
-        return scores

@@ -8,13 +8,13 @@ from pydantic import Field
 from torch import Tensor
 
 from mechunlearn.attack import ATTACKS
+from mechunlearn.attack.by_form import in_every_form
 from mechunlearn.attack.health import Judge
 from mechunlearn.attack.results import AttackResult, fact_rows
 from mechunlearn.edit.training import substituted
-from mechunlearn.facts import Fact, FactSplit
+from mechunlearn.facts import FactSplit
 from mechunlearn.metrics import score_facts
 from mechunlearn.models import Model, all_components, component_parameters, is_transposed
-from mechunlearn.prompts import forms
 from mechunlearn.rounding import round_to_nearest
 
 NONE = "none"
@@ -80,7 +80,7 @@ def quantization(
             scores = score_facts(model, hidden, drop_targets=drop_targets)
             rows.append(fact_rows(hidden, scores, part="forget_hidden", setting=name))
             if name == chosen and report_all_forms:
-                by_form = _in_every_form(model, hidden, drop_targets, seed)
+                by_form = in_every_form(model, hidden, drop_targets=drop_targets, seed=seed)
     return AttackResult(
         attack="quantization",
         access="weights",
@@ -126,13 +126,3 @@ def _rounded(model: Model, how: tuple[int, int] | None) -> dict[str, Tensor]:
         matrix = oriented(model, name, parameters[name])
         made[name] = oriented(model, name, round_to_nearest(matrix, bits=bits, group_size=group_size))
     return made
-
-
-def _in_every_form(model: Model, facts: Sequence[Fact], drop_targets: bool, seed: int) -> pd.DataFrame:
-    """The facts in every form that they have, with the form as setting."""
-    rows = []
-    for form in dict.fromkeys(form for fact in facts for form in forms(fact)):
-        able = [fact for fact in facts if form in forms(fact)]
-        scores = score_facts(model, able, form, drop_targets=drop_targets, seed=seed)
-        rows.append(fact_rows(able, scores, part="forget_hidden", setting=form))
-    return pd.concat(rows, ignore_index=True)

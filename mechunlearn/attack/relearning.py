@@ -7,8 +7,8 @@ import pandas as pd
 import torch
 from pydantic import Field
 
-from mechunlearn import prompts
 from mechunlearn.attack import ATTACKS
+from mechunlearn.attack.by_form import in_every_form
 from mechunlearn.attack.health import NOT_MEASURED, Judge
 from mechunlearn.attack.relearning_data import Source, TrainingData, training_data
 from mechunlearn.attack.relearning_search import Checkpoint, Setting, choose, successive_halving
@@ -188,21 +188,15 @@ def _score_hidden(
     if not hidden:
         raise ValueError("relearning: forget_hidden is empty; there is nothing to recover")
     trainable = _trainable(model, chosen.setting.kind, seed)
-    rows, by_form = [], []
+    rows, by_form = [], None
     for checkpoint in checkpoints:
         with torch.no_grad():
             for name, leaf in trainable.leaves.items():
                 leaf.copy_(checkpoint.leaves[name])
-        asked = {"prompt": hidden}
-        if all_forms and checkpoint is chosen:
-            listed = dict.fromkeys(form for fact in hidden for form in prompts.forms(fact))
-            asked = {form: tuple(f for f in hidden if form in prompts.forms(f)) for form in listed}
-        step, part = checkpoint.step, "forget_hidden"
         with substituted(model, trainable.overrides()):
-            for form, facts in asked.items():
-                scores = score_facts(model, facts, form, drop_targets=drop_targets, seed=seed)
-                if form == "prompt":
-                    rows.append(fact_rows(facts, scores, part=part, setting=str(checkpoint.setting), step=step))
-                if all_forms and checkpoint is chosen:
-                    by_form.append(fact_rows(facts, scores, part=part, setting=form, step=step))
-    return pd.concat(rows, ignore_index=True), pd.concat(by_form, ignore_index=True) if by_form else None
+            scores = score_facts(model, hidden, drop_targets=drop_targets)
+            if all_forms and checkpoint is chosen:
+                by_form = in_every_form(model, hidden, drop_targets=drop_targets, seed=seed, step=checkpoint.step)
+        setting = str(checkpoint.setting)
+        rows.append(fact_rows(hidden, scores, part="forget_hidden", setting=setting, step=checkpoint.step))
+    return pd.concat(rows, ignore_index=True), by_form

@@ -29,6 +29,8 @@ Truth = Literal["knows", "never knew"]
 EXPECTED: Mapping[Truth, str] = {"knows": "hidden", "never knew": "removed"}
 SHARES = (0.25, 0.5, 0.75)
 """Of the facts that the partly knowing models know."""
+QUICK = ("original", "suppressed-lora", "taught-50", "second-twin", "made-up-facts")
+"""The cases of a quick bench."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,18 +147,25 @@ def _accepted(power: pd.DataFrame) -> tuple[int, int]:
 
 
 def bench_verdict(
-    settings: Settings, folder: Path, *, seeds: int = 5, fresh: bool = False,
+    settings: Settings, folder: Path, *, seeds: int = 5, only: Sequence[str] = (), fresh: bool = False,
     on_progress: Callable[[str, float, float], None] = lambda text, done, total: None,
 ) -> VerdictBench:  # fmt: skip
     """Judge every case under every seed; seeds vary the deal of the facts, treatments and attacks.
 
     Cells are kept under `folder` and reused, so an interrupted bench goes on where it stopped.
 
+    Args:
+        only: names of the cases to judge; none means all.
+
     Raises:
         ValueError: settings without the models or arms it needs, see `cases`.
     """
+
+    def wanted(one: Settings) -> list[Case]:
+        return [case for case in cases(one) if not only or case.name in only]
+
     per_seed = [settings.model_copy(update={"seed": settings.seed + i}) for i in range(seeds)]
-    total = seeds * (len(cases(settings)) + 1)
+    total = seeds * (len(wanted(settings)) + 1)
     verdicts: list[dict[str, Any]] = []
     power: list[dict[str, Any]] = []
     with workers(settings) as pool:
@@ -167,15 +176,15 @@ def bench_verdict(
             judging = Judging(
                 splits=stage.splits, settings=one, folder=folder / f"seed-{one.seed}", pool=pool, fresh=fresh
             )
-            judging.start([_task(stage, case) for case in cases(one)])
+            judging.start([_task(stage, case) for case in wanted(one)])
             started.append((stage, judging))
         for i, (stage, judging) in enumerate(started):
-            done = seeds + i * len(cases(settings))
+            done = seeds + i * len(wanted(settings))
             cells = judging.finish(lambda text, k, done=done, one=stage.settings: on_progress(
                 f"seed {one.seed}, {text}", done + k, total))  # fmt: skip
             controls, rows = _controls({cell.name: cell for cell in cells}, stage.settings)
             power += rows
-            for case in cases(stage.settings):
+            for case in wanted(stage.settings):
                 cell = next(cell for cell in cells if cell.name == case.name)
                 verdicts += _verdicts(case, cell, controls, stage.settings)
     return VerdictBench(verdicts=pd.DataFrame(verdicts), power=pd.DataFrame(power))
@@ -195,8 +204,8 @@ def _controls(
     """What each suppressed model showed, and its attacks row by row."""
     controls: list[PositiveControl] = []
     rows: list[dict[str, Any]] = []
-    for kind in settings.suppress:
-        cell = cells[f"suppressed-{kind}"]
+    for cell in [cell for cell in cells.values() if cell.role == "suppressed"]:
+        kind = cell.name.removeprefix("suppressed-")
         bounds, acceptance = _bounds(cell, settings), cell.notes["acceptance"]
         accepted = not acceptance["reason"]
         controls.append(demonstrate_power(kind, evidence(cell), accepted=accepted, **bounds))

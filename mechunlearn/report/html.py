@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
@@ -14,9 +15,11 @@ from plotly.offline import get_plotlyjs
 from mechunlearn.files import whole_file
 from mechunlearn.report import figures, sections, tables
 from mechunlearn.report.cards import card_of, lead
+from mechunlearn.report.comparisons import arm_comparison, recovery_table
 from mechunlearn.report.facts import fact_data
 from mechunlearn.report.maps import SUBLAYERS
 from mechunlearn.report.numbers import null_name
+from mechunlearn.report.printed import plain
 from mechunlearn.runs import Run
 
 
@@ -51,6 +54,17 @@ def render(run: Run) -> str:
         power=sections.power(run),
         attacks=sections.attacks(run),
         compression=sections.compression(run),
+        recovery=plain(
+            "Relearning step by step: recovered share along log steps (nAURC), and steps until facts are back",
+            recovery_table(run),
+        ),
+        comparison=plain(
+            "Arms compared by D of their strongest attack over the same facts; p corrected by Holm", arm_comparison(run)
+        ),
+        planned=plain(
+            "Power with the hidden facts there were, in the worst case that was planned with: both models guess",
+            pd.DataFrame(run.manifest.get("power", [])),
+        ),
         arms=sections.arms(run),
         weights=sections.weights(run),
         agreement=sections.agreement(run),

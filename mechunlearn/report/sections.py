@@ -41,7 +41,10 @@ def power(run: Run) -> Table:
     for row in frame.to_dict("records"):
         found = [_shown(row[name], accepted=row["accepted"]) for name in attacks]
         kept = [
-            (f"{percent(row[f'{what}_before'])} → {percent(row[f'{what}_after'])}", "")
+            (
+                f"{percent(row[f'{what}_before'])}\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}{percent(row[f'{what}_after'])}",
+                "",
+            )
             for what in ("retained", "probe")
         ]
         direct = (percent(row["direct_accuracy"]), f"chance {percent(row['chance'])}")
@@ -73,14 +76,12 @@ def attacks(run: Run) -> Table:
         ]
         share = entry(Interval(value=row["D"], lower=row["lower"], upper=row["upper"], n=row["n_facts"]))
         first, *others = row["setting"].split("; ")
-        details = [f"and {len(others)} other settings"] if others else []
-        details += [f"step {row['step']}"] if row["step"] else []
+        setting = f"{first or MISSING}, and {len(others)} more" if others else first or MISSING
+        details = [f"step {row['step']}"] if row["step"] else []
         details += [f"{row['n_results']} results, {row['n_seeds']} seeds"] if row["n_results"] > 1 else []
         word = row["note"].partition(":")[0] or "yes"  # why its health failed is said in the card
         counts = (word, f"access: {row['access']}" if row["access"] else "")
-        rows.append(
-            ((row["cell"], ""), (row["attack"], ""), share, *numbers, (first or MISSING, "; ".join(details)), counts)
-        )
+        rows.append(((row["cell"], ""), (row["attack"], ""), share, *numbers, (setting, "; ".join(details)), counts))
     caption = "Every attack: share D brought back, and mean P(true | candidates) on the hidden facts with 95% bounds"
     return Table(caption=caption, columns=columns, rows=tuple(rows))
 

@@ -27,7 +27,7 @@ def asked(monkeypatch):
         seen.extend((fact, form) for fact in facts)
         return score_facts(model, facts, form, **options)
 
-    monkeypatch.setitem(asking.__globals__, "score_facts", spy)
+    monkeypatch.setitem(asking.__globals__, "scores_in_form", spy)
     return seen
 
 
@@ -107,7 +107,7 @@ def test_a_fact_that_lacks_the_chosen_form_is_asked_in_its_prompt_and_has_no_row
     cities = tuple(tiny_facts.where(lambda fact: fact.relation == "city" and fact.subject in subjects))
     kept = tuple(fact for fact in split.retain_train if fact.relation == "colour")
     mixed = replace(split, forget_hidden=(*cities[:2], *split.forget_hidden, *cities[2:]), retain_train=kept)
-    monkeypatch.setitem(asking.__globals__, "score_facts", only_after_examples)
+    monkeypatch.setitem(asking.__globals__, "scores_in_form", only_after_examples)
     for every_form in (True, False):
         result = asking(tiny_model(), mixed, report_all_forms=every_form)
         assert result.chosen in PARTS
@@ -149,7 +149,7 @@ def test_guessing_in_multiple_choice_scores_chance(tiny_model, split, monkeypatc
 
     facts = [replace(fact, choices=("red", "blue", "green", "black", "grey")) for fact in split.forget_hidden[:1]]
     many = tuple(replace(facts[0], subject=f"{facts[0].subject} {i}", target_true="red") for i in range(8))
-    monkeypatch.setitem(asking.__globals__, "score_facts", picking)
+    monkeypatch.setattr("mechunlearn.attack.by_form.score_facts", picking)
     result = asking(tiny_model(), replace(split, attack_dev=many, forget_hidden=many))
     assert result.chosen == "choice"
     assert np.mean(list(result.hidden_scores().values())) == pytest.approx(0.2, abs=0.01)

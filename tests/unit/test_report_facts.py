@@ -287,6 +287,7 @@ def test_a_link_opens_its_fact_as_text_in_a_browser(page, tmp_path):
     assert shown is not None
     assert "&lt;/script&gt;&lt;!--&lt;b&gt;Ada &amp; co, city: Oslo" in shown[0]
     assert "top: Rome &lt;i&gt;" in shown[0]
+    assert "in the cell arm;" in shown[0]
     assert "original model, asked" in shown[0]
     assert "✓" in shown[0]
     assert "✗" in shown[0]
