@@ -25,7 +25,7 @@ def answer_direction(
     learning_rate: Annotated[float, Field(gt=0)] = 6e-3,
     batch_size: Annotated[int, Field(ge=1)] = 32,
     margin: Annotated[float, Field(ge=0)] = 1.0,
-    retain_weight: Annotated[float, Field(ge=0)] = 4.0,
+    retain_weight: Annotated[float, Field(ge=0)] = 8.0,
     text_weight: Annotated[float, Field(ge=0)] = 0.5,
     forms: Forms = "prompt",
     seed: int = 0,
