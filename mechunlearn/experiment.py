@@ -3,7 +3,9 @@
 import hashlib
 import inspect
 import json
+import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -11,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,8 @@ def prepare(settings: Settings, *, load: Callable[..., Model] = load_model) -> S
     names = (settings.model, settings.twin, settings.second_twin)
     model, twin, second = (load(name, device=settings.device, dtype=settings.dtype) if name else None for name in names)
     assert model is not None
+    for name in settings.edited:  # a mistyped one must not be noticed after hours
+        load(name, device=settings.device, dtype=settings.dtype)
     known = {fact.key for fact in known_facts(model, facts, threshold=settings.facts.known)}
     if not (kept := [fact for fact in forget if fact.key in known]):
         raise ValueError(
@@ -202,6 +206,18 @@ def run_experiment(
     return Run(manifest=manifest, scores=scores, agreement=agreements, cells=cells)
 
 
+def _start_worker() -> None:
+    """One thread, and an end with the parent's, even if that is killed: a worker would else finish its queue first."""
+    torch.set_num_threads(1)
+
+    def follow() -> None:
+        if (parent := parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
 @contextmanager
 def workers(settings: Settings) -> Iterator[Executor | None]:
     """Worker processes that start importing and loading while the parent localizes; None for one worker.
@@ -218,9 +234,7 @@ def workers(settings: Settings) -> Iterator[Executor | None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     spawn = get_context("spawn")
-    with ProcessPoolExecutor(
-        settings.workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with ProcessPoolExecutor(settings.workers, mp_context=spawn, initializer=_start_worker) as pool:
         try:
             for _ in range(settings.workers):
                 pool.submit(warm_up, settings)

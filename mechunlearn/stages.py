@@ -1,5 +1,6 @@
 """Single stages as the command line offers them: names and folders in, files and a table out."""
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -34,10 +35,17 @@ from mechunlearn.registry import Registry, did_you_mean
 from mechunlearn.report.bench import bench_figure
 from mechunlearn.report.check import check_figure, sweep_figure, training_figure
 from mechunlearn.runs import replaceable, whole_folder
-from mechunlearn.settings import Settings, check_settings, preset_names, with_changes
+from mechunlearn.settings import DECIDING_ATTACKS, Settings, check_settings, preset_names, with_changes
 from mechunlearn.sources import SOURCES
 from mechunlearn.sources.bundled import BUNDLED, load_templates
 from mechunlearn.sources.loading import load_facts
+
+CHECKPOINT_ATTACKS: Mapping[str, Mapping[str, Any]] = {
+    "relearning": {
+        "kinds": ["full", "lora:8"], "learning_rates": [1e-4, 3e-4, 1e-3], "steps": 60, "report_all_forms": True,
+    },
+}  # fmt: skip
+"""Options of `attack --original` that differ from the attacks' own: every control runs it, too, so it is smaller."""
 
 REGISTRIES: Mapping[str, Registry] = {
     "localizers": LOCALIZERS, "editors": EDITORS, "attacks": ATTACKS, "suppressions": SUPPRESSIONS, "sources": SOURCES,
@@ -116,9 +124,12 @@ def checkpoint_settings(
         ValueError: options that a run does not have.
     """
     chosen = {"forget": facts} if facts in FORGET_SETS else {"source": facts}
-    data: dict[str, Any] = {"name": re.sub(r"[^\w.-]+", "-", name).strip("-._") or "attack", "model": original,
-                            "edited": [model], "device": device, "facts": chosen}  # fmt: skip
-    data |= ({"twin": twin} if twin else {}) | ({"attack": {method: {}}} if method else {})
+    attacks = {name: dict(CHECKPOINT_ATTACKS.get(name, {})) for name in ([method] if method else DECIDING_ATTACKS)}
+    data: dict[str, Any] = {
+        "name": re.sub(r"[^\w.-]+", "-", name).strip("-._") or "attack", "model": original, "edited": [model],
+        "device": device, "workers": min(2, os.cpu_count() or 1), "facts": chosen, "attack": attacks,
+    }  # fmt: skip
+    data |= {"twin": twin} if twin else {}
     return check_settings(with_changes(data, changes), "command line")
 
 

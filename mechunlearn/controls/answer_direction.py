@@ -6,10 +6,9 @@ from pydantic import Field
 
 from mechunlearn.controls import SUPPRESSIONS
 from mechunlearn.controls.demotion import demotion
-from mechunlearn.controls.recipes import as_edit, keep_others, late_layers, mask_of_layers
+from mechunlearn.controls.recipes import keep_others, late_layers, low_rank_edit
 from mechunlearn.edit.edits import WeightEdit
 from mechunlearn.edit.losses import Forms, weighted_sum
-from mechunlearn.edit.training import lora_trainable, train
 from mechunlearn.facts import FactSplit
 from mechunlearn.models import Model
 
@@ -45,12 +44,7 @@ def answer_direction(
             seed=seed,
         )
     )  # fmt: skip
-    trainable = lora_trainable(model, rank, layers=layers, seed=seed)
-    history = train(
-        model, trainable, lambda step, forward: demoted(step, forward) + keep(step, forward),
-        steps=steps, learning_rate=learning_rate,
-    )  # fmt: skip
-    return as_edit(
-        model, trainable, mask_of_layers(model, layers), method="suppress by answer_direction", options=options,
-        seed=seed, split=split, history=history,
+    return low_rank_edit(
+        model, split, lambda step, forward: demoted(step, forward) + keep(step, forward), layers=layers, rank=rank,
+        steps=steps, learning_rate=learning_rate, method="suppress by answer_direction", options=options, seed=seed,
     )  # fmt: skip

@@ -55,13 +55,19 @@ def _by_relation(facts: Sequence[Fact]) -> list[Fact]:
 
 def _invent(subjects: Sequence[str], like: str, taken: set[str], rng: random.Random) -> str:
     """A subject of as many words as `like`."""
-    pool = [subject.split() for subject in subjects if len(subject.split()) == len(like.split())]
+    n_words = len(like.split())
+    split = [subject.split() for subject in subjects]
+    alike = [words for words in split if len(words) == n_words]
+    # of a rare length: words of any subject will do
+    pool = alike if len(alike) > 1 else [[rng.choice(rng.choice(split)) for _ in range(n_words)] for _ in range(50)]
     for attempt in range(200):
-        words = [rng.choice(pool)[place] for place in range(len(like.split()))]
-        if len(words) == 1 or attempt >= 100:  # all names of whole words may be taken: join halves of two
-            place = rng.randrange(len(words))
+        words = [rng.choice(pool)[place] for place in range(n_words)]
+        if n_words == 1 or attempt >= 100:  # all names of whole words may be taken: join halves of two
+            place = rng.randrange(n_words)
             first, second = words[place], rng.choice(pool)[place]
             words[place] = first[: (len(first) + 1) // 2] + second[(len(second) + 1) // 2 :]
         if (name := " ".join(words)) not in taken:
             return name
-    raise ValueError(f"fabricate: got {len(pool)} subjects like {like!r}, too few to make up another; give more facts")
+    raise ValueError(
+        f"fabricate: got {len(subjects)} subjects such as {like!r}, too few to make up another; give more facts"
+    )

@@ -5,10 +5,9 @@ from typing import Annotated
 from pydantic import Field
 
 from mechunlearn.controls import SUPPRESSIONS
-from mechunlearn.controls.recipes import as_edit, keep_others, late_layers, mask_of_layers
+from mechunlearn.controls.recipes import keep_others, late_layers, low_rank_edit
 from mechunlearn.edit.edits import WeightEdit
 from mechunlearn.edit.losses import Forms, Term, answer_loss, batches, fact_tokens, weighted_sum
-from mechunlearn.edit.training import lora_trainable, train
 from mechunlearn.facts import FactSplit, with_edit_targets
 from mechunlearn.models import Model
 
@@ -44,9 +43,7 @@ def lora(
             seed=seed,
         ),
     ]  # fmt: skip
-    trainable = lora_trainable(model, rank, layers=layers, seed=seed)
-    history = train(model, trainable, weighted_sum(terms), steps=steps, learning_rate=learning_rate)
-    return as_edit(
-        model, trainable, mask_of_layers(model, layers), method="suppress by lora", options=options, seed=seed,
-        split=split, history=history,
+    return low_rank_edit(
+        model, split, weighted_sum(terms), layers=layers, rank=rank,
+        steps=steps, learning_rate=learning_rate, method="suppress by lora", options=options, seed=seed,
     )  # fmt: skip

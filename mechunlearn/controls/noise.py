@@ -6,11 +6,10 @@ import torch
 from pydantic import Field
 
 from mechunlearn.controls import SUPPRESSIONS
-from mechunlearn.controls.recipes import as_edit, mask_of_layers
+from mechunlearn.controls.recipes import low_rank_edit
 from mechunlearn.controls.steering import steering_loss
 from mechunlearn.edit.edits import WeightEdit
 from mechunlearn.edit.losses import Forms, batches, fact_tokens, near_and_far
-from mechunlearn.edit.training import lora_trainable, train
 from mechunlearn.facts import FactSplit
 from mechunlearn.models import Model
 
@@ -47,15 +46,7 @@ def noise(
         batches(forgotten, batch_size, seed=seed), batches(kept, batch_size, seed=seed + 1),
         lambda stream: scale * stream.norm(dim=-1, keepdim=True) * direction, keep_weight=keep_weight,
     )  # fmt: skip
-    trainable = lora_trainable(model, rank, layers=layers, seed=seed)
-    history = train(model, trainable, loss, steps=steps, learning_rate=learning_rate)
-    return as_edit(
-        model,
-        trainable,
-        mask_of_layers(model, layers),
-        method="suppress by noise",
-        options=options,
-        seed=seed,
-        split=split,
-        history=history,
-    )
+    return low_rank_edit(
+        model, split, loss, layers=layers, rank=rank,
+        steps=steps, learning_rate=learning_rate, method="suppress by noise", options=options, seed=seed,
+    )  # fmt: skip

@@ -1,12 +1,14 @@
 """What the suppressions share: the late layers, what is kept, and turning what was trained into an edit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from mechunlearn.components import Component
 from mechunlearn.edit.edits import WeightEdit
 from mechunlearn.edit.losses import Forms, Term, answer_loss, batches, fact_tokens, near_and_far, text_loss, text_tokens
-from mechunlearn.edit.training import Trainable
+from mechunlearn.edit.training import Forward, Trainable, lora_trainable, train
 from mechunlearn.facts import FactSplit
 from mechunlearn.masks import ParameterMask, mask_of
 from mechunlearn.models import Model
@@ -16,11 +18,6 @@ from mechunlearn.organisms.neutral import neutral_text
 def late_layers(model: Model, share: float) -> range:
     """The last `share` of the layers, at least one."""
     return range(model.n_layers - max(1, round(share * model.n_layers)), model.n_layers)
-
-
-def mask_of_layers(model: Model, layers: Sequence[int]) -> ParameterMask:
-    """Every attention and MLP weight of the layers."""
-    return mask_of(model, [Component(kind, layer) for layer in layers for kind in ("attention", "mlp")])
 
 
 def keep_others(
@@ -38,6 +35,18 @@ def keep_others(
         Term(weight=retain_weight, objective=answer_loss, batches=batches(kept, batch_size, seed=seed + 1)),
         Term(weight=text_weight, objective=text_loss, batches=batches(passages, n_texts, seed=seed + 2)),
     ]
+
+
+def low_rank_edit(
+    model: Model, split: FactSplit, loss: Callable[[int, Forward], Tensor], *,
+    layers: Sequence[int], rank: int, steps: int, learning_rate: float,
+    method: str, options: Mapping[str, Any], seed: int,
+) -> WeightEdit:  # fmt: skip
+    """Train a low-rank update of every attention and MLP weight of the layers, and merge it into them."""
+    trainable = lora_trainable(model, rank, layers=layers, seed=seed)
+    history = train(model, trainable, loss, steps=steps, learning_rate=learning_rate)
+    mask = mask_of(model, [Component(kind, layer) for layer in layers for kind in ("attention", "mlp")])
+    return as_edit(model, trainable, mask, method=method, options=options, seed=seed, split=split, history=history)
 
 
 def as_edit(

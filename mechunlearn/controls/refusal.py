@@ -7,10 +7,9 @@ from pydantic import Field
 
 from mechunlearn.controls import SUPPRESSIONS
 from mechunlearn.controls.demotion import demotion
-from mechunlearn.controls.recipes import as_edit, keep_others, late_layers, mask_of_layers
+from mechunlearn.controls.recipes import keep_others, late_layers, low_rank_edit
 from mechunlearn.edit.edits import WeightEdit
 from mechunlearn.edit.losses import Forms, Term, answer_loss, batches, fact_tokens, weighted_sum
-from mechunlearn.edit.training import lora_trainable, train
 from mechunlearn.facts import FactSplit
 from mechunlearn.models import Model
 
@@ -52,12 +51,7 @@ def refusal(
         ),
     ]  # fmt: skip
     say = weighted_sum(terms)
-    trainable = lora_trainable(model, rank, layers=layers, seed=seed)
-    history = train(
-        model, trainable, lambda step, forward: demoted(step, forward) + say(step, forward),
-        steps=steps, learning_rate=learning_rate,
-    )  # fmt: skip
-    return as_edit(
-        model, trainable, mask_of_layers(model, layers), method="suppress by refusal", options=options, seed=seed,
-        split=split, history=history,
+    return low_rank_edit(
+        model, split, lambda step, forward: demoted(step, forward) + say(step, forward), layers=layers, rank=rank,
+        steps=steps, learning_rate=learning_rate, method="suppress by refusal", options=options, seed=seed,
     )  # fmt: skip

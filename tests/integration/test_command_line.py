@@ -1,5 +1,7 @@
 """The command line as users mistype it: one line, exit code 2, nothing left behind."""
 
+import contextlib
+import io
 import subprocess
 import sys
 
@@ -7,6 +9,7 @@ import pandas as pd
 import pytest
 
 from mechunlearn.checkpoints import save_model
+from mechunlearn.cli import main
 from mechunlearn.sources.bundled import load_bundled
 
 BROKEN = {
@@ -25,13 +28,29 @@ BROKEN = {
     "card of something that is no organism": ["organism", "check", "./nowhere", "--card"],
     "organism nobody knows": ["organism", "train", "atlass"],
     "listing of nothing": ["list", "lokalizers"],
+    "an edit and a checkpoint": ["attack", "--out", "out", "--original", "atlas", "--edit", "edited"],
+    "twin without an original": ["attack", "--out", "out", "--twin", "atlas-never-a"],
+    "checkpoint that is not there": ["attack", "--out", "out", "--model", "./gone", "--original", "atlas"],
+    "option that a run sets": ["run", "demo", "--set", "suppress.lora.seed=1"],
+    "unknown suppression": ["run", "demo", "--set", "suppress.lorra={}"],
+    "arm of nothing": ["run", "demo", "--set", "arms=[{}]"],
+    "bench without a second twin": ["bench", "verdict", "--set", "second_twin='atlas'", "--set", "arms=[]"],
 }
 
 
 def _run(arguments, folder):
-    return subprocess.run(
-        [sys.executable, "-m", "mechunlearn.cli", *arguments], cwd=folder, capture_output=True, text=True, timeout=300
-    )
+    """What the entry point does with these arguments, in this process: importing torch anew takes seconds."""
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    try:
+        sys.argv = ["mechunlearn", *arguments]
+        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.argv = argv
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def _says_one_line(result, folder, *words):
@@ -41,6 +60,14 @@ def _says_one_line(result, folder, *words):
     assert lines[0].startswith("error: ")
     for word in words:
         assert word in lines[0], lines[0]
+
+
+def test_the_program_itself_ends_a_mistake_with_code_2_and_one_line(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "mechunlearn.cli", "run", "demmo"], cwd=tmp_path, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    _says_one_line(result, tmp_path, "demmo")
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -118,3 +145,24 @@ def test_any_model_can_be_checked_on_ones_own_facts(tiny_model, tiny_facts, tmp_
     _says_one_line(twice, tmp_path, "different names")
     card = _run(["organism", "check", "./mine", "--facts", "mine.csv", "--card"], tmp_path)
     _says_one_line(card, tmp_path, "--card", "organism train")
+
+
+def test_a_checkpoint_that_another_tool_made_is_judged_against_its_original(tmp_path):
+    edited = ["edit", "--model", "atlas", "--facts", "world-64", "--components", "m2", "--set", "steps=2", "--export"]
+    assert _run([*edited, "--out", "edited"], tmp_path).returncode == 0
+    small = ["suppress={}", "evaluate.max_facts=8", "attack.asking.report_all_forms=true"]
+    options = [word for pair in small for word in ("--set", pair)]
+    pair = ["--model", "edited/checkpoint", "--original", "atlas", "--facts", "world-64", "--method", "asking"]
+    judged = _run(["attack", *pair, "--out", "judged", *options], tmp_path)
+    assert judged.returncode == 0, judged.stderr
+    verdicts = pd.read_csv(tmp_path / "judged" / "verdicts.csv").set_index("cell")
+    assert set(verdicts.index) == {"original", "edited"}
+    assert verdicts.loc["original", "verdict"] == "hidden (still expressed)"  # and no twin was needed to see it
+    page = (tmp_path / "judged" / "report.html").read_text(encoding="utf-8")
+    assert "made-up facts" in page
+    facts = pd.read_csv(tmp_path / "judged" / "facts.csv")
+    assert {"original", "asked"} <= set(facts["state"])
+    assert facts["form"].nunique() > 3
+    assert set(facts.loc[facts["cell"] == "edited", "subject"]) == set(
+        facts.loc[facts["cell"] == "original", "subject"]
+    )

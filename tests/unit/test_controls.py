@@ -127,6 +127,14 @@ def test_made_up_facts_of_one_word_subjects_are_other_words(tiny_facts):
         fabricate(single[:1])
 
 
+def test_a_subject_of_a_length_that_no_other_has_is_made_up_too(tiny_facts):
+    facts = list(tiny_facts.of("city"))
+    facts[0] = replace(facts[0], subject="James Clerk Maxwell")
+    made = fabricate(facts)
+    assert len({fact.subject for fact in made}) == len(facts)
+    assert not {fact.subject for fact in made} & {fact.subject for fact in facts}
+
+
 @pytest.mark.parametrize("folds", [2, 3, 5])
 def test_rotation_hides_every_forgotten_fact_once_and_retains_the_same(tiny_facts, folds):
     split = split_facts(tiny_facts, tiny_facts.of("city").facts[:30], folds=folds, seed=3)

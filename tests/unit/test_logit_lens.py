@@ -133,7 +133,7 @@ def test_hidden_facts_are_read_once_after_the_choice(tiny_model, tiny_split):
 def test_lens_curves_show_every_layer_and_keep_the_writes_for_a_click(tiny_model, tiny_split):
     model = tiny_model()
     result = logit_lens(model, tiny_split)
-    cell = SimpleNamespace(name="arm", edited=[result], null=[])
+    cell = SimpleNamespace(name="arm", edited=[result], null=[], cells=[])
     figure = probe_by_layer(cell, attack="logit_lens")
     shown = {trace.name: trace for trace in figure.data}
     assert len(shown) == 6
