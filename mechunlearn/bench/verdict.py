@@ -122,16 +122,22 @@ class VerdictBench:
     def goals(self, n_facts: int | None = None) -> pd.DataFrame:
         """The goals with what was measured: number, of how many, exact 95% interval (verdicts taken as independent)."""
         rows = self.at(n_facts)
-        decided = rows.loc[rows["word"].isin(list(EXPECTED.values()))]
-        wrong = decided.loc[decided["word"] != decided["truth"].map(EXPECTED)]
-        kinds = self.power.loc[self.power["accepted"]].groupby(["seed", "kind"])["recovers"].any()
+        words, right = list(rows["word"]), list(rows["right"])
+        decided = [ok for word, ok in zip(words, right, strict=True) if word in EXPECTED.values()]
+        recovered: dict[tuple[int, str], bool] = {}
+        accepted: dict[tuple[int, str], bool] = {}
+        for row in self.power.to_dict("records"):
+            key = row["seed"], row["kind"]
+            accepted[key] = row["accepted"]
+            recovered[key] = recovered.get(key, False) or row["recovers"]
+        suppressed = [recovered[key] for key, ok in accepted.items() if ok]
         counted = [
-            ("decided verdicts right", len(decided) - len(wrong), len(decided), "at least 95%"),
-            ("confidently wrong", len(wrong), len(decided), "none"),
-            ("inconclusive", int((rows["word"] == "inconclusive").sum()), len(rows), "at most 20%"),
-            ("invalid", int((rows["word"] == "invalid").sum()), len(rows), ""),
-            ("suppressed models accepted", *_accepted(self.power), ""),
-            ("accepted suppressions recovered", int(kinds.sum()), len(kinds), "all"),
+            ("decided verdicts right", sum(decided), len(decided), "at least 95%"),
+            ("confidently wrong", len(decided) - sum(decided), len(decided), "none"),
+            ("inconclusive", words.count("inconclusive"), len(words), "at most 20%"),
+            ("invalid", words.count("invalid"), len(words), ""),
+            ("suppressed models accepted", sum(accepted.values()), len(accepted), ""),
+            ("accepted suppressions recovered", sum(suppressed), len(suppressed), "all"),
         ]
         table = []
         for name, count, n, goal in counted:
@@ -139,11 +145,6 @@ class VerdictBench:
             share = (interval.value, interval.lower, interval.upper) if interval else (float("nan"),) * 3
             table.append((name, count, n, *share, goal))
         return pd.DataFrame(table, columns=pd.Index(["what", "count", "of", "share", "lower", "upper", "goal"]))
-
-
-def _accepted(power: pd.DataFrame) -> tuple[int, int]:
-    each = power.groupby(["seed", "kind"])["accepted"].first()
-    return int(each.sum()), len(each)
 
 
 def bench_verdict(

@@ -32,7 +32,7 @@ def bench_figure(bench: VerdictBench) -> go.Figure:
     subtitle = (
         f"{right['count']} of {right['of']} decided verdicts right, {wrong['count']} wrong; "
         f"{goals['inconclusive']['count']} of {goals['inconclusive']['of']} inconclusive; "
-        f"{rows['seed'].nunique()} seeds, {rows['n_facts'].max()} hidden facts"
+        f"{len(set(rows['seed']))} seeds, {max(rows['n_facts'])} hidden facts"
     )
     figure.update_layout(barmode="stack", legend={"orientation": "h", "y": -0.16, "traceorder": "normal"})
     return styled(figure, "The verdict on models whose truth is known", subtitle, height=640)
@@ -40,13 +40,14 @@ def bench_figure(bench: VerdictBench) -> go.Figure:
 
 def _words(figure: go.Figure, rows: pd.DataFrame) -> None:
     """A bar a case, the models that know first."""
-    truths = rows.groupby("case", sort=False)["truth"].first()
-    names = [case for truth in ("never knew", "knows") for case in reversed(truths.index[truths == truth])]
+    truths: dict[str, str] = dict(zip(rows["case"], rows["truth"], strict=True))
+    names = [name for truth in ("never knew", "knows") for name in reversed(truths) if truths[name] == truth]
+    said = list(zip(rows["case"], rows["word"], strict=True))
     for word, colour in COLOURS.items():
-        counts = rows.loc[rows["word"] == word].groupby("case").size().reindex(names, fill_value=0)
         figure.add_trace(
             go.Bar(
-                y=[f"{label(name)}, {truths[name]}" for name in names], x=counts.to_numpy(), name=word, orientation="h",
+                y=[f"{label(name)}, {truths[name]}" for name in names],
+                x=[said.count((name, word)) for name in names], name=word, orientation="h",
                 marker={"color": colour}, hovertemplate="%{y}<br>" + word + ": %{x} seeds<extra></extra>",
             ),
             row=1, col=1,
@@ -56,23 +57,26 @@ def _words(figure: go.Figure, rows: pd.DataFrame) -> None:
 
 def _by_facts(figure: go.Figure, verdicts: pd.DataFrame) -> None:
     """Right, wrong and undecided against the number of hidden facts."""
-    said = verdicts.assign(
-        undecided=~verdicts["word"].isin(["hidden", "removed"]),
-        wrong=verdicts["word"].isin(["hidden", "removed"]) & ~verdicts["right"],
-    )
-    for name, colour, dash in (("right", theme.ORIGINAL, "solid"), ("undecided", theme.QUIET, "dash"),
-                               ("wrong", theme.BAD, "dot")):  # fmt: skip
-        share = said.groupby("n_facts")[name].mean()
+    numbers = sorted(set(verdicts["n_facts"]))
+    shares: dict[str, list[float]] = {"right": [], "undecided": [], "wrong": []}
+    for n in numbers:
+        rows = verdicts.loc[verdicts["n_facts"] == n]
+        decided = rows["word"].isin(["hidden", "removed"]).to_numpy()
+        right = rows["right"].to_numpy(dtype=bool)
+        for name, which in (("right", right), ("undecided", ~decided), ("wrong", decided & ~right)):
+            shares[name].append(float(which.mean()))
+    styles = {"right": (theme.ORIGINAL, "solid"), "undecided": (theme.QUIET, "dash"), "wrong": (theme.BAD, "dot")}
+    for name, (colour, dash) in styles.items():
         figure.add_trace(
             go.Scatter(
-                x=share.index.to_numpy(), y=share.to_numpy(), name=name, mode="lines+markers", showlegend=False,
+                x=[str(n) for n in numbers], y=shares[name], name=name, mode="lines+markers", showlegend=False,
                 line={"color": colour, "dash": dash}, marker={"size": 9},
                 hovertemplate=name + ": %{y:.0%} with %{x} hidden facts<extra></extra>",
             ),
             row=1, col=2,
         )  # fmt: skip
         figure.add_annotation(
-            x=share.index.max(), y=share.iloc[-1], text=name, showarrow=False, font={"color": colour}, yshift=12,
+            x=len(numbers) - 1, y=shares[name][-1], text=name, showarrow=False, font={"color": colour}, yshift=12,
             xanchor="right", row=1, col=2,
         )  # fmt: skip
     figure.update_xaxes(title="hidden facts", type="category", row=1, col=2)
@@ -81,18 +85,22 @@ def _by_facts(figure: go.Figure, verdicts: pd.DataFrame) -> None:
 
 def _power(figure: go.Figure, power: pd.DataFrame) -> None:
     """Mean D of every attack on every kind of suppression, with how many seeds recovered it."""
-    mean = power.pivot_table(index="kind", columns="attack", values="D", sort=False)
-    recovered = power.pivot_table(index="kind", columns="attack", values="recovers", aggfunc="sum", sort=False)
-    accepted = power.groupby("kind", sort=False)["accepted"].mean() * power["seed"].nunique()
-    n_seeds = power["seed"].nunique()
+    kinds, attacks = list(dict.fromkeys(power["kind"])), list(dict.fromkeys(power["attack"]))
+    n_seeds = len(set(power["seed"]))
+    means, texts, names = [], [], []
+    for kind in kinds:
+        own = power.loc[power["kind"] == kind]
+        n_accepted = len(set(own.loc[own["accepted"].to_numpy(dtype=bool), "seed"]))
+        names.append(f"{label(kind)}<br><i>accepted {n_accepted} of {n_seeds}</i>")
+        cells = [own.loc[own["attack"] == attack] for attack in attacks]
+        means.append([float(cell["D"].to_numpy().mean()) for cell in cells])
+        counts = [int(cell["recovers"].to_numpy().sum()) for cell in cells]
+        texts.append([f"{d:.2f}<br>{n} seeds" for d, n in zip(means[-1], counts, strict=True)])
     figure.add_trace(
         go.Heatmap(
-            z=mean.to_numpy(), x=[label(name) for name in mean.columns],
-            y=[f"{label(kind)}<br><i>accepted {accepted[kind]:.0f} of {n_seeds}</i>" for kind in mean.index],
-            zmin=0, zmax=1, colorscale=theme.SEQUENTIAL, showscale=False, xgap=2, ygap=2,
-            text=[[f"{d:.2f}<br>{int(n)} seeds" for d, n in zip(ds, ns, strict=True)]
-                  for ds, ns in zip(mean.to_numpy(), recovered.to_numpy(), strict=True)],
-            texttemplate="%{text}", hovertemplate="%{y}, %{x}: D %{z:.3f}<extra></extra>",
+            z=means, x=[label(name) for name in attacks], y=names, zmin=0, zmax=1, colorscale=theme.SEQUENTIAL,
+            showscale=False, xgap=2, ygap=2, text=texts, texttemplate="%{text}",
+            hovertemplate="%{y}, %{x}: D %{z:.3f}<extra></extra>",
         ),
         row=1, col=3,
     )  # fmt: skip

@@ -66,7 +66,7 @@ def _curves(results: list[AttackResult]) -> pd.DataFrame:
         rows = rows.loc[(rows["part"] == "forget_hidden") & (rows["setting"] == result.chosen)]
         ids = [fact_id(*key) for key in zip(rows["subject"], rows["relation"], rows["answer"], strict=True)]
         frames.append(rows.assign(fact=ids)[["fact", "step", "p_true"]])
-    return pd.concat(frames).groupby(["fact", "step"])["p_true"].mean().unstack("step")
+    return pd.pivot_table(pd.concat(frames), index="fact", columns="step", values="p_true", aggfunc="mean")
 
 
 def arm_comparison(run: Run) -> pd.DataFrame:
