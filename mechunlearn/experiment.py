@@ -370,11 +370,7 @@ def _manifest(
             "hidden": sum(len(one.forget_hidden) for one in stage.splits),
             "parts": {part: len(getattr(split, part)) for part in PARTS},
         },
-        "power": json.loads(
-            planned_power(stage.settings, split.forget, sum(len(one.forget_hidden) for one in stage.splits)).to_json(
-                orient="records"
-            )
-        ),
+        "power": json.loads(str(_planned(stage).to_json(orient="records"))),
         "versions": {package: version(package) for package in packages} | {"python": platform.python_version()},
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -426,6 +422,10 @@ def planned_power(settings: Settings, forget: Sequence[Fact], n_hidden: int) -> 
         n_facts=n_hidden, n_candidates=max(2, min(len(candidates(fact)) for fact in forget)),
         delta=settings.verdict.delta, n_attacks=len(settings.attack),
     )  # fmt: skip
+
+
+def _planned(stage: Stage) -> pd.DataFrame:
+    return planned_power(stage.settings, stage.split.forget, sum(len(one.forget_hidden) for one in stage.splits))
 
 
 def _digest(data: object) -> str:
