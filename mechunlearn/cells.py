@@ -23,7 +23,7 @@ from mechunlearn.controls.taught import teach
 from mechunlearn.edit import EDITORS
 from mechunlearn.edit.edits import WeightEdit, applied
 from mechunlearn.evaluate import Evaluation, evaluate, take_baseline
-from mechunlearn.evidence import AttackEvidence, PositiveControl, gather_evidence
+from mechunlearn.evidence import AttackEvidence, PositiveControl, evidence_by_attack
 from mechunlearn.facts import FactSplit
 from mechunlearn.masks import mask_of, n_localizable
 from mechunlearn.metrics import score_facts
@@ -47,9 +47,9 @@ class Side:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the treatment: the editor's for this cell alone, or those of `teach`."""
     suppression: str | None = None
-    """Kind of suppression that is put on the model, before any edit."""
+    """Kind of suppression that is put on the model, in place of an edit."""
     taught: bool = False
-    """Whether the model is taught the facts first, see `controls.taught`."""
+    """Whether the model is taught the facts, in place of an edit; see `controls.taught`."""
     is_checkpoint: bool = False
     """Whether another tool made the model of the original."""
     fabricated: bool = False
@@ -124,10 +124,9 @@ def attack_side(side: Side, splits: Sequence[FactSplit], settings: Settings) -> 
     with ExitStack() as stack:
         original = _load(side.against, settings) if side.against else None
         baseline = take_baseline(original, splits[0]) if original else None
-        edits: list[WeightEdit] = []
-        for make in _treatments(side, settings):
-            edits.append(make(model, splits[0]))
-            stack.enter_context(applied(model, edits[-1]))
+        edit = _treated(side, model, splits[0], settings)
+        if edit is not None:
+            stack.enter_context(applied(model, edit))
         if baseline is not None:
             options = settings.evaluate | {"seed": settings.seed, "drop_targets": side.drop_targets}
             found["evaluation"] = evaluate(model, splits[0], original=baseline, **options)
@@ -136,12 +135,12 @@ def attack_side(side: Side, splits: Sequence[FactSplit], settings: Settings) -> 
             options = settings.options("attack", name) | {"seed": side.seed, "drop_targets": side.drop_targets}
             for split in shown:
                 results.append(replace(ATTACKS.get(name).function(model, split, **options), fold=split.fold))
-    if original is not None and side.suppression is not None and side.editor is None:
-        found["acceptance"] = accept(model, splits[0], edits[-1])
-    if len(edits) == 1:
-        found["n_selected"] = edits[-1].mask.n_selected
-        found["share"] = edits[-1].mask.n_selected / n_localizable(model)
-        found["weight_changes"] = edit_changes(model, edits[-1])
+    if edit is not None:
+        found["n_selected"] = edit.mask.n_selected
+        found["share"] = edit.mask.n_selected / n_localizable(model)
+        found["weight_changes"] = edit_changes(model, edit)
+        if original is not None and side.suppression is not None:
+            found["acceptance"] = accept(model, splits[0], edit)
     elif original is not None and side.is_checkpoint:
         found["weight_changes"] = checkpoint_changes(original, model)
     return Attacked(results=tuple(results), seconds=round(time.monotonic() - started, 1), **found)
@@ -151,21 +150,19 @@ def _load(name: str, settings: Settings) -> Model:
     return loaded(name, device=settings.device, dtype=settings.dtype)
 
 
-def _treatments(side: Side, settings: Settings) -> list[Any]:
-    """What is done to the model, in order: teaching, suppression, edit; each a function of model and split."""
-    made: list[Any] = []
+def _treated(side: Side, model: Model, split: FactSplit, settings: Settings) -> WeightEdit | None:
+    """What is done to the model first, if anything: it is taught, suppressed or edited."""
     if side.taught:
-        made.append(lambda model, split: teach(model, split, **{**side.options, "seed": side.seed}))
+        return teach(model, split, **{**side.options, "seed": side.seed})
     if side.suppression is not None:
-        kind, given = SUPPRESSIONS.get(side.suppression).function, settings.suppress.get(side.suppression, {})
-        made.append(lambda model, split: kind(model, split, **_accepted_options(side, split, settings, given)))
-    if side.editor is not None:
-        editor = EDITORS.get(side.editor).function
-        own = {} if side.taught else dict(side.options)
-        options = settings.options("edit", side.editor) | own | {"seed": side.seed}
-        components = [Component.parse(name) for name in side.components]
-        made.append(lambda model, split: editor(model, mask_of(model, components), split, **options))
-    return made
+        given = settings.suppress.get(side.suppression, {})
+        kind = SUPPRESSIONS.get(side.suppression).function
+        return kind(model, split, **_accepted_options(side, split, settings, given))
+    if side.editor is None:
+        return None
+    mask = mask_of(model, [Component.parse(name) for name in side.components])
+    options = settings.options("edit", side.editor) | dict(side.options) | {"seed": side.seed}
+    return EDITORS.get(side.editor).function(model, mask, split, **options)
 
 
 def _accepted_options(side: Side, split: FactSplit, settings: Settings, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,7 +201,7 @@ def conclude(
         "key": task.key, "A_o": bounds["original"], "A_n": bounds["null_before"],
         "seconds": round(sum(side.seconds for side in (*sides, *nulls)), 1),
     }  # fmt: skip
-    if first.acceptance is not None:
+    if task.role == "suppressed" and first.acceptance is not None:
         notes["acceptance"] = asdict(first.acceptance) | {"reason": first.acceptance.reason}
         notes["control"] = next(asdict(control) for control in controls if control.kind == own.suppression)
     if first.evaluation is None:
@@ -232,14 +229,8 @@ def evidence_of(sides: Sequence[Attacked], nulls: Sequence[Attacked], *, paired:
     Args:
         paired: False where the null was attacked for other, made-up facts.
     """
-    names = dict.fromkeys(result.attack for result in sides[0].results)
-    return [
-        gather_evidence(
-            *([r for side in group for r in side.results if r.attack == name] for group in (sides, nulls)),
-            paired=paired,
-        )
-        for name in names
-    ]
+    edited, null = ([result for side in group for result in side.results] for group in (sides, nulls))
+    return evidence_by_attack(edited, null, paired=paired)
 
 
 def mean_p_true(model: Model, splits: Sequence[FactSplit], drop_targets: bool) -> float:

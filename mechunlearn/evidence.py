@@ -1,6 +1,6 @@
 """What a verdict is made of: the scores of one attack on the edited model and on its twin, and positive controls."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,21 @@ class PositiveControl:
     recovered_by: tuple[str, ...]
     accepted: bool = True
     """False: the model was not properly suppressed, so recovering it shows nothing."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "PositiveControl":
+        """Read back what `dataclasses.asdict` and JSON made of it."""
+        fields = dict(data)
+        fields["recovered_by"] = tuple(fields["recovered_by"])
+        return cls(**fields)
+
+
+def evidence_by_attack(edited: Sequence[Any], twin: Sequence[Any], *, paired: bool = True) -> list[AttackEvidence]:
+    """`gather_evidence` for every attack among the results, in the order in which they first stand."""
+    return [
+        gather_evidence(*([r for r in results if r.attack == name] for results in (edited, twin)), paired=paired)
+        for name in dict.fromkeys(result.attack for result in edited)
+    ]
 
 
 def gather_evidence(edited: Sequence[Any], twin: Sequence[Any], *, paired: bool = True) -> AttackEvidence:

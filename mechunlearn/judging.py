@@ -27,6 +27,7 @@ class Judging:
     cells: dict[str, Cell] = field(default_factory=dict)
     sides: dict[str, Attacked | Future[Attacked]] = field(default_factory=dict)
     """By digest: the null of unedited models, for example, is needed by several cells and measured once."""
+    _levels: dict[tuple[str, bool, bool], float] = field(default_factory=dict)
 
     def start(self, tasks: Sequence[CellTask]) -> None:
         """Take tasks on; finished cells of the same inputs are read, the others go to the workers if there are any."""
@@ -47,8 +48,7 @@ class Judging:
         for i, task in enumerate(task for task in self.tasks if task.role == "suppressed"):
             on_progress(f"judging: {task.name}", i)
             if task.name in self.cells:
-                known = self.cells[task.name].notes["control"]
-                controls.append(PositiveControl(**{**known, "recovered_by": tuple(known["recovered_by"])}))
+                controls.append(PositiveControl.from_dict(self.cells[task.name].notes["control"]))
             else:
                 sides, nulls = self._of(task.sides), self._of(task.nulls)
                 controls.append(demonstrated(task, sides, nulls, self._bounds(task)))
@@ -91,8 +91,6 @@ class Judging:
             splits = [fabricated_split(s, seed=self.settings.seed) for s in self.splits] if made_up else self.splits
             self._levels[key] = mean_p_true(model, splits, drop_targets)
         return self._levels[key]
-
-    _levels: dict[tuple[str, bool, bool], float] = field(default_factory=dict)
 
     def _reuse(self, task: CellTask) -> Cell | None:
         """A finished cell of exactly these inputs, if there is one."""

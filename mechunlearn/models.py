@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Model", "NotSupported", "all_components", "attention", "attention_write", "block", "component_parameters",
     "embedding", "final_norm", "first_output", "head_input", "is_transposed", "mlp", "mlp_neurons", "mlp_write",
-    "unembedding", "with_first_output", "wrap_model",
+    "unembedding", "weight_matrices", "with_first_output", "wrap_model",
 ]  # fmt: skip
 
 
@@ -162,6 +162,13 @@ def head_input(model: Model, layer: int) -> nn.Module:
 def mlp_neurons(model: Model, layer: int) -> nn.Module:
     """The MLP's down projection; its input is the neurons' activations, [batch pos d_mlp]."""
     return block(model, layer).get_submodule(model.architecture.mlp_out)
+
+
+def weight_matrices(model: Model, components: Sequence[Component]) -> tuple[str, ...]:
+    """The two-dimensional parameters of the components, by name, each once."""
+    parameters = dict(model.hf.named_parameters())
+    listed = dict.fromkeys(name for component in components for name in component_parameters(model, component))
+    return tuple(name for name in listed if parameters[name].ndim == 2)
 
 
 def is_transposed(model: Model, parameter: str) -> bool:

@@ -184,16 +184,14 @@ def load_settings(name_or_path: str | Path, changes: Mapping[str, Any] | None = 
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
     data.setdefault("name", path.stem)
-    data = with_changes(data, changes or {})
-    _refuse_what_a_run_sets(data, str(path))
-    return check_settings(data, str(path))
+    return run_settings(data, changes or {}, str(path))
 
 
-def with_changes(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with some values replaced; see `load_settings`.
+def run_settings(data: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> Settings:
+    """A run's settings with some values replaced; see `load_settings`.
 
     Raises:
-        ValueError: a key that reaches into something that is no table.
+        ValueError: a key that reaches into something that is no table, one that a run sets itself, or a wrong one.
     """
     changed = copy.deepcopy(dict(data))
     for key, value in changes.items():
@@ -204,7 +202,8 @@ def with_changes(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
             if not isinstance(table, dict):
                 raise ValueError(f"--set: got {key!r}, but {name!r} is not a table; change it in a TOML file")
         table[last] = value
-    return changed
+    _refuse_what_a_run_sets(changed, where)
+    return check_settings(changed, where)
 
 
 def _refuse_what_a_run_sets(data: Mapping[str, Any], where: str, key: str = "") -> None:

@@ -35,7 +35,7 @@ from mechunlearn.registry import Registry, did_you_mean
 from mechunlearn.report.bench import bench_figure
 from mechunlearn.report.check import check_figure, sweep_figure, training_figure
 from mechunlearn.runs import replaceable, whole_folder
-from mechunlearn.settings import DECIDING_ATTACKS, Settings, check_settings, preset_names, with_changes
+from mechunlearn.settings import DECIDING_ATTACKS, Settings, check_settings, preset_names, run_settings
 from mechunlearn.sources import SOURCES
 from mechunlearn.sources.bundled import BUNDLED, load_templates
 from mechunlearn.sources.loading import load_facts
@@ -52,9 +52,13 @@ REGISTRIES: Mapping[str, Registry] = {
 }  # fmt: skip
 
 
+def _chosen(facts: str) -> dict[str, str]:
+    """The [facts] of a forget set's name, or of a data set's."""
+    return {"forget": facts} if facts in FORGET_SETS else {"source": facts}
+
+
 def _stage(model: str, facts: str, *, device: str, twin: str | None = None, **methods: Any) -> Stage:
-    chosen = {"forget": facts} if facts in FORGET_SETS else {"source": facts}
-    data = {"name": "stage", "model": model, "device": device, "facts": chosen, **methods}
+    data = {"name": "stage", "model": model, "device": device, "facts": _chosen(facts), **methods}
     return prepare(check_settings(data | ({"twin": twin} if twin else {}), "command line"))
 
 
@@ -123,14 +127,13 @@ def checkpoint_settings(
     Raises:
         ValueError: options that a run does not have.
     """
-    chosen = {"forget": facts} if facts in FORGET_SETS else {"source": facts}
-    attacks = {name: dict(CHECKPOINT_ATTACKS.get(name, {})) for name in ([method] if method else DECIDING_ATTACKS)}
+    attacks = {each: dict(CHECKPOINT_ATTACKS.get(each, {})) for each in ([method] if method else DECIDING_ATTACKS)}
     data: dict[str, Any] = {
         "name": re.sub(r"[^\w.-]+", "-", name).strip("-._") or "attack", "model": original, "edited": [model],
-        "device": device, "workers": min(2, os.cpu_count() or 1), "facts": chosen, "attack": attacks,
+        "device": device, "workers": min(2, os.cpu_count() or 1), "facts": _chosen(facts), "attack": attacks,
     }  # fmt: skip
     data |= {"twin": twin} if twin else {}
-    return check_settings(with_changes(data, changes), "command line")
+    return run_settings(data, changes, "command line")
 
 
 def attack(

@@ -14,7 +14,7 @@ from mechunlearn.attack.results import AttackResult, fact_rows
 from mechunlearn.edit.training import substituted
 from mechunlearn.facts import FactSplit
 from mechunlearn.metrics import score_facts
-from mechunlearn.models import Model, all_components, component_parameters, is_transposed
+from mechunlearn.models import Model, all_components, is_transposed, weight_matrices
 from mechunlearn.rounding import round_to_nearest
 
 NONE = "none"
@@ -103,13 +103,6 @@ def quantization(
     )
 
 
-def weight_names(model: Model) -> tuple[str, ...]:
-    """Every weight matrix of attention and MLP, by parameter name."""
-    parameters = dict(model.hf.named_parameters())
-    listed = (name for component in all_components(model) for name in component_parameters(model, component))
-    return tuple(name for name in listed if parameters[name].ndim == 2)
-
-
 def oriented(model: Model, name: str, weight: Tensor) -> Tensor:
     """A weight matrix as [out in], and such a one as the model keeps it: transposed for GPT-2's Conv1D."""
     return weight.T if is_transposed(model, name) else weight
@@ -122,7 +115,7 @@ def _rounded(model: Model, how: tuple[int, int] | None) -> dict[str, Tensor]:
     bits, group_size = how
     parameters = dict(model.hf.named_parameters())
     made = {}
-    for name in weight_names(model):
+    for name in weight_matrices(model, all_components(model)):
         matrix = oriented(model, name, parameters[name])
         made[name] = oriented(model, name, round_to_nearest(matrix, bits=bits, group_size=group_size))
     return made

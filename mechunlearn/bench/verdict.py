@@ -12,15 +12,14 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from mechunlearn.attack.results import AttackResult
 from mechunlearn.cells import CellTask, Side, loaded
-from mechunlearn.evidence import AttackEvidence, PositiveControl, gather_evidence
+from mechunlearn.evidence import AttackEvidence, PositiveControl, evidence_by_attack
 from mechunlearn.experiment import Stage, prepare, task_key, workers
 from mechunlearn.judging import Judging
 from mechunlearn.runs import Cell, CellRole
 from mechunlearn.settings import Settings
 from mechunlearn.statistics import exact_interval
-from mechunlearn.verdict import Verdict, decide, demonstrate_power
+from mechunlearn.verdict import Verdict, decide
 
 # pandas has no complete types
 # pyright: standard
@@ -183,7 +182,7 @@ def bench_verdict(
             done = seeds + i * len(wanted(settings))
             cells = judging.finish(lambda text, k, done=done, one=stage.settings: on_progress(
                 f"seed {one.seed}, {text}", done + k, total))  # fmt: skip
-            controls, rows = _controls({cell.name: cell for cell in cells}, stage.settings)
+            controls, rows = _controls(cells, stage.settings)
             power += rows
             for case in wanted(stage.settings):
                 cell = next(cell for cell in cells if cell.name == case.name)
@@ -199,23 +198,18 @@ def _task(stage: Stage, case: Case) -> CellTask:
     return replace(task, key=task_key(stage, task))
 
 
-def _controls(
-    cells: Mapping[str, Cell], settings: Settings
-) -> tuple[tuple[PositiveControl, ...], list[dict[str, Any]]]:
+def _controls(cells: Sequence[Cell], settings: Settings) -> tuple[tuple[PositiveControl, ...], list[dict[str, Any]]]:
     """What each suppressed model showed, and its attacks row by row."""
     controls: list[PositiveControl] = []
     rows: list[dict[str, Any]] = []
-    for cell in [cell for cell in cells.values() if cell.role == "suppressed"]:
-        kind = cell.name.removeprefix("suppressed-")
-        bounds, acceptance = _bounds(cell, settings), cell.notes["acceptance"]
-        accepted = not acceptance["reason"]
-        controls.append(demonstrate_power(kind, evidence(cell), accepted=accepted, **bounds))
-        shown = decide(evidence(cell), **bounds)
-        for row in shown.rows:
+    for cell in [cell for cell in cells if cell.role == "suppressed"]:
+        control, acceptance = PositiveControl.from_dict(cell.notes["control"]), cell.notes["acceptance"]
+        controls.append(control)
+        for row in cell.verdict.rows:
             recovers = row.healthy and row.lower > settings.verdict.delta
             rows.append(
-                {"seed": settings.seed, "kind": kind, "attack": row.name, "D": row.share, "lower": row.lower,
-                 "upper": row.upper, "healthy": row.healthy, "recovers": recovers, "accepted": accepted}
+                {"seed": settings.seed, "kind": control.kind, "attack": row.name, "D": row.share, "lower": row.lower,
+                 "upper": row.upper, "healthy": row.healthy, "recovers": recovers, "accepted": control.accepted}
                 | {key: acceptance[key] for key in ("direct_accuracy", "chance", "retained_before", "retained_after",
                                                     "probe_before", "probe_after", "reason")}
             )  # fmt: skip
@@ -225,7 +219,7 @@ def _controls(
 def _verdicts(case: Case, cell: Cell, controls: Sequence[PositiveControl], settings: Settings) -> list[dict[str, Any]]:
     """The cell's verdict from all its hidden facts, and from fewer of them (no other attack: fewer to score)."""
     others = [control for control in controls if control.kind != case.side.suppression or case.role != "suppressed"]
-    whole = evidence(cell)
+    whole = evidence_by_attack(cell.edited, cell.null)
     facts = sorted(set(whole[0].facts))
     random.Random(f"{settings.seed} facts").shuffle(facts)
     rows = []
@@ -242,21 +236,11 @@ def _verdicts(case: Case, cell: Cell, controls: Sequence[PositiveControl], setti
 
 def _decided(verdict: Verdict) -> dict[str, Any]:
     """The attack that settled the word, or came closest to."""
-    able = [row for row in verdict.rows if row.decides and row.healthy and (row.powered or row.zero_budget)]
+    able = [row for row in verdict.rows if row.counts]
     if not able:
         return {"attack": "", "D": float("nan"), "lower": float("nan"), "upper": float("nan")}
     row = max(able, key=lambda row: row.lower if verdict.label == "hidden" else row.upper)
     return {"attack": row.name, "D": row.share, "lower": row.lower, "upper": row.upper}
-
-
-def evidence(cell: Cell) -> list[AttackEvidence]:
-    """Attack by attack, a saved cell's scores beside its null's."""
-    names = dict.fromkeys(result.attack for result in cell.edited)
-    return [gather_evidence(_of(cell.edited, name), _of(cell.null, name)) for name in names]
-
-
-def _of(results: Sequence[AttackResult], name: str) -> list[AttackResult]:
-    return [result for result in results if result.attack == name]
 
 
 def _among(entry: AttackEvidence, facts: set[str]) -> AttackEvidence:

@@ -1,4 +1,4 @@
-"""What the suppressions share: the late layers, what is kept, and turning what was trained into an edit."""
+"""What the suppressions share: the late layers, what is kept, and a low-rank training as an edit."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,12 +7,11 @@ from torch import Tensor
 
 from mechunlearn.components import Component
 from mechunlearn.edit.edits import WeightEdit
-from mechunlearn.edit.losses import Forms, Term, answer_loss, batches, fact_tokens, near_and_far, text_loss, text_tokens
-from mechunlearn.edit.training import Forward, Trainable, lora_trainable, train
+from mechunlearn.edit.losses import Forms, Term, keeping_terms, near_and_far
+from mechunlearn.edit.training import Forward, lora_trainable, train
 from mechunlearn.facts import FactSplit
-from mechunlearn.masks import ParameterMask, mask_of
+from mechunlearn.masks import mask_of
 from mechunlearn.models import Model
-from mechunlearn.organisms.neutral import neutral_text
 
 
 def late_layers(model: Model, share: float) -> range:
@@ -28,13 +27,10 @@ def keep_others(
 
     What a suppression damages first is the same question about other subjects.
     """
-    kept = fact_tokens(model, near_and_far(split.retain_train, split.forget), forms=forms)
-    passages = text_tokens(model, neutral_text(64, seed=seed))
-    n_texts = max(1, batch_size // 4)
-    return [
-        Term(weight=retain_weight, objective=answer_loss, batches=batches(kept, batch_size, seed=seed + 1)),
-        Term(weight=text_weight, objective=text_loss, batches=batches(passages, n_texts, seed=seed + 2)),
-    ]
+    return keeping_terms(
+        model, near_and_far(split.retain_train, split.forget), None, retain_weight=retain_weight,
+        text_weight=text_weight, batch_size=batch_size, n_texts=max(1, batch_size // 4), forms=forms, seed=seed,
+    )  # fmt: skip
 
 
 def low_rank_edit(
@@ -42,18 +38,13 @@ def low_rank_edit(
     layers: Sequence[int], rank: int, steps: int, learning_rate: float,
     method: str, options: Mapping[str, Any], seed: int,
 ) -> WeightEdit:  # fmt: skip
-    """Train a low-rank update of every attention and MLP weight of the layers, and merge it into them."""
+    """Train a low-rank update of every attention and MLP weight of the layers, and merge it into them.
+
+    Biases are in the edit's mask, too, and stay as they are.
+    """
     trainable = lora_trainable(model, rank, layers=layers, seed=seed)
     history = train(model, trainable, loss, steps=steps, learning_rate=learning_rate)
     mask = mask_of(model, [Component(kind, layer) for layer in layers for kind in ("attention", "mlp")])
-    return as_edit(model, trainable, mask, method=method, options=options, seed=seed, split=split, history=history)
-
-
-def as_edit(
-    model: Model, trainable: Trainable, mask: ParameterMask, *, method: str, options: Mapping[str, Any], seed: int,
-    split: FactSplit, history: tuple[float, ...],
-) -> WeightEdit:  # fmt: skip
-    """The masked entries as training left them; entries of the mask that were not trained stay as they are."""
     parameters = dict(model.hf.named_parameters())
     merged = {name: tensor.detach() for name, tensor in trainable.overrides().items()}
     return WeightEdit(

@@ -6,10 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from mechunlearn.controls.recipes import as_edit, keep_others
-from mechunlearn.edit.edits import WeightEdit
-from mechunlearn.edit.losses import Term, answer_loss, batches, fact_tokens, weighted_sum
-from mechunlearn.edit.training import masked_trainable, train
+from mechunlearn.controls.recipes import keep_others
+from mechunlearn.edit.edits import WeightEdit, train_edit
+from mechunlearn.edit.losses import Term, answer_loss, batches, fact_tokens
 from mechunlearn.facts import Fact, FactSplit
 from mechunlearn.masks import mask_of
 from mechunlearn.models import Model, all_components
@@ -45,10 +44,10 @@ def teach(
             seed=seed,
         ),
     ]  # fmt: skip
-    mask = mask_of(model, all_components(model))
-    trainable = masked_trainable(model, mask)
-    history = train(model, trainable, weighted_sum(terms), steps=steps, learning_rate=learning_rate)
-    return as_edit(model, trainable, mask, method="teach", options=options, seed=seed, split=split, history=history)
+    return train_edit(
+        model, mask_of(model, all_components(model)), terms, steps=steps, learning_rate=learning_rate,
+        schedule="cosine", accumulation=1, method="teach", options=options, seed=seed, facts_sha256=split.sha256,
+    )  # fmt: skip
 
 
 def taught_facts(split: FactSplit, *, share: float, seed: int = 0) -> tuple[Fact, ...]:

@@ -208,9 +208,13 @@ def near_and_far(retain: Sequence[Fact], forget: Sequence[Fact]) -> tuple[Fact, 
 
 def keeping_terms(
     model: Model, retain: Sequence[Fact], text: Sequence[str] | None, *,
-    retain_weight: float, text_weight: float, batch_size: int, forms: Forms, seed: int,
+    retain_weight: float, text_weight: float, batch_size: int, forms: Forms, seed: int, n_texts: int | None = None,
 ) -> list[Term]:  # fmt: skip
     """What every editor keeps the model by: true answers to the retained facts, and fluency on running text.
+
+    Args:
+        n_texts: passages a step; None is an eighth of `batch_size`: a passage is several times as long as a prompt, so
+            they cost about half as much.
 
     Raises:
         ValueError: no facts to retain, unless `retain_weight` is 0.
@@ -226,11 +230,10 @@ def keeping_terms(
     if text_weight:
         passages = text_tokens(model, neutral_text(64, seed=seed) if text is None else text)
         terms.append(
-            # a passage is several times as long as a prompt: an eighth of the rows costs about half as much
             Term(
                 weight=text_weight,
                 objective=text_loss,
-                batches=batches(passages, max(1, batch_size // 8), seed=seed + 2),
+                batches=batches(passages, n_texts or max(1, batch_size // 8), seed=seed + 2),
             )
         )
     return terms

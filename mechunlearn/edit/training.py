@@ -10,11 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
 
 from mechunlearn.components import Component
 from mechunlearn.masks import ParameterMask
-from mechunlearn.models import Model, component_parameters
+from mechunlearn.models import Model, is_transposed, weight_matrices
 
 Schedule = Literal["cosine", "constant"]
 Forward = Callable[[Int[Tensor, "row pos"], Int[Tensor, " kept"]], Float[Tensor, "row kept d_vocab"]]
@@ -89,9 +88,8 @@ def lora_trainable(
         )
     parameters = dict(model.hf.named_parameters())
     components = [Component(kind, layer) for layer in wanted for kind in ("attention", "mlp")]
-    names = [name for c in components for name in component_parameters(model, c) if parameters[name].ndim == 2]
-    bases = {name: parameters[name].detach() for name in dict.fromkeys(names)}
-    flipped = {name: isinstance(model.hf.get_submodule(name.rpartition(".")[0]), Conv1D) for name in bases}
+    bases = {name: parameters[name].detach() for name in weight_matrices(model, components)}
+    flipped = {name: is_transposed(model, name) for name in bases}
     generator = torch.Generator().manual_seed(seed)
     leaves: dict[str, nn.Parameter] = {}
     for name, base in bases.items():

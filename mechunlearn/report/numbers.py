@@ -22,7 +22,7 @@ def null_name(run: Run | Cell) -> str:
 
 def strongest(verdict: Verdict) -> AttackRow | None:
     """The attack that brings back most, among those that can decide if there are any; None before any attack."""
-    able = [row for row in verdict.rows if row.decides and row.healthy and (row.powered or row.zero_budget)]
+    able = [row for row in verdict.rows if row.counts]
     return max(
         able or [row for row in verdict.rows if row.decides] or verdict.rows, key=lambda row: row.share, default=None
     )

@@ -33,7 +33,7 @@ def shares(run: Run) -> go.Figure:
     figure = go.Figure()
     for i, attack in enumerate(attacks):
         found = [(j, row) for j, cell in enumerate(cells) for row in cell.verdict.rows if row.name == attack]
-        counts = [row.healthy and row.decides and (row.powered or row.zero_budget) for _, row in found]
+        counts = [row.counts for _, row in found]
         symbol, colour = theme.SYMBOLS[i % len(theme.SYMBOLS)], theme.PALETTE[i % len(theme.PALETTE)]
         figure.add_trace(
             go.Scatter(

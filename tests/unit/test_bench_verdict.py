@@ -1,5 +1,7 @@
 """The bench of the verdict: its cases, and how words are counted against truths."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,10 +9,11 @@ import pytest
 from mechunlearn.attack.results import AttackResult, Health
 from mechunlearn.bench import verdict as bench
 from mechunlearn.evaluate.results import Evaluation
+from mechunlearn.evidence import evidence_by_attack
 from mechunlearn.report.bench import bench_figure
 from mechunlearn.runs import Cell
 from mechunlearn.settings import load_settings
-from mechunlearn.verdict import decide
+from mechunlearn.verdict import decide, demonstrate_power
 
 N = 96
 
@@ -44,7 +47,7 @@ def test_settings_without_twins_are_refused_in_one_line():
 
 
 def result(attack: str, level: float, seed: int, zero_budget: bool = False) -> AttackResult:
-    rng = np.random.default_rng(hash((attack, level, seed)) % 2**32)
+    rng = np.random.default_rng([*attack.encode(), round(1000 * level), seed])  # no hash(): it differs by process
     rows = pd.DataFrame(
         {"subject": [f"s{i}" for i in range(N)], "relation": "r", "answer": "a", "part": "forget_hidden",
          "setting": "x", "step": 0, "p_true": np.clip(rng.normal(level, 0.05, N), 0, 1), "correct": True, "top": "a"}
@@ -58,13 +61,16 @@ def cell(case: bench.Case, asked: float, attacked: float) -> Cell:
         return result("asking", asked, 0, zero_budget=True), result("relearning", attacked, 0)
 
     edited, null = both(asked, attacked), both(0.05, 0.05)
+    evidence = evidence_by_attack(edited, null)
+    verdict = decide(evidence, original=0.95, null_before=0.05)
     notes = {"A_o": 0.95, "A_n": 0.05, "seconds": 1.0}
     if case.role == "suppressed":
         notes["acceptance"] = {"reason": "", "direct_accuracy": 0.04, "chance": 0.04, "retained_before": 1.0,
                                "retained_after": 0.97, "probe_before": 0.3, "probe_after": 0.3}  # fmt: skip
-    placeholder = decide([bench.gather_evidence([edited[0]], [null[0]])], original=0.95, null_before=0.05)
+        shown = demonstrate_power(str(case.side.suppression), evidence, original=0.95, null_before=0.05)
+        notes["control"] = asdict(shown)
     evaluation = Evaluation(rows=pd.DataFrame(), options={}, model="m", facts_sha256="")
-    return Cell(name=case.name, role=case.role, verdict=placeholder, evaluation=evaluation, edited=edited, null=null,
+    return Cell(name=case.name, role=case.role, verdict=verdict, evaluation=evaluation, edited=edited, null=null,
                 notes=notes)  # fmt: skip
 
 
@@ -72,7 +78,7 @@ def judged(levels) -> bench.VerdictBench:
     """The bench on made-up scores: `levels(case)` gives what asking and relearning find."""
     one = settings()
     cells = {case.name: cell(case, *levels(case)) for case in bench.cases(one)}
-    controls, power = bench._controls(cells, one)
+    controls, power = bench._controls(list(cells.values()), one)
     rows = [row for case in bench.cases(one) for row in bench._verdicts(case, cells[case.name], controls, one)]
     return bench.VerdictBench(verdicts=pd.DataFrame(rows), power=pd.DataFrame(power))
 
@@ -95,7 +101,7 @@ def test_a_wrong_word_is_counted_as_wrong_and_an_open_one_as_neither():
     def levels(case):
         if case.name == "second-twin":
             return 0.05, 0.6  # would be called hidden
-        return (0.05, 0.15) if case.name == "made-up-facts" else as_it_is(case)
+        return (0.05, 0.14) if case.name == "made-up-facts" else as_it_is(case)
 
     goals = judged(levels).goals().set_index("what")
     assert goals.loc["confidently wrong", "count"] == 1

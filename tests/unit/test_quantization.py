@@ -9,11 +9,11 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from mechunlearn.attack import ATTACKS, quantization
-from mechunlearn.attack.quantization import oriented, weight_names
+from mechunlearn.attack.quantization import oriented
 from mechunlearn.edit.training import substituted
 from mechunlearn.facts import Fact, FactSplit
 from mechunlearn.metrics import score_facts
-from mechunlearn.models import Model
+from mechunlearn.models import Model, all_components, weight_matrices
 from mechunlearn.prompts import forms
 from mechunlearn.rounding import code_flip_rate, code_flips, round_to_nearest
 
@@ -149,7 +149,7 @@ def test_every_projection_is_rounded_along_its_outputs_and_the_scores_are_those_
         rows = result.rows[result.rows["setting"] == setting]
         np.testing.assert_allclose(rows["p_true"], hidden, atol=1e-4)
         assert result.notes["dev_p_true"][setting] == pytest.approx(dev, abs=1e-4)
-    assert set(weight_names(model)) == set(by_hand(model, 8))
+    assert set(weight_matrices(model, all_components(model))) == set(by_hand(model, 8))
     assert result.by_form is None
 
 
@@ -173,7 +173,7 @@ def vanishing(tiny_model: Callable[..., Model], tiny_split: FactSplit) -> tuple[
     parts = ("forget_shown", "forget_hidden", "attack_dev", "retain_train", "retain_test")
     edit = {}
     with torch.no_grad():
-        for name in weight_names(model):
+        for name in weight_matrices(model, all_components(model)):
             parameters[name].copy_(by_hand(model, 4)[name])
             grid = oriented(model, name, parameters[name])
             noise = 0.45 * torch.randn(grid.shape, generator=generator).sign() * steps(grid, 4)[:, None]
