@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +26,7 @@ app.add_typer(organism_app, name="organism")
 bench_app = typer.Typer(help="Measure the program itself on models of known truth.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)  # rich takes 80 for a pipe or a file
 
 ModelOption = Annotated[str, typer.Option("--model", help="Bundled organism, local Hugging Face folder, or hub name.")]
 TwinOption = Annotated[str | None, typer.Option("--twin", help="A model that never knew the facts, if there is one.")]
@@ -37,6 +38,8 @@ MethodOption = Annotated[
     str | None, typer.Option("--method", help="Method of this stage; `mechunlearn list` shows all.")
 ]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder that receives the result.")]
+LINE_SECONDS = 20.0  # between two lines of progress in a file
+
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Option of the method or setting, as key=value (TOML value). Repeatable."),
@@ -88,10 +91,9 @@ def localize(
     from mechunlearn import stages
 
     scores = stages.localize(model, facts, method or "", _pairs(set_), twin=twin, device=device, out=out)
-    frame = scores.to_frame().sort_values("value", ascending=False).head(12)
-    _print_frame(
-        frame[["component", "value", "standard_error", *scores.roles]], title=f"{scores.method}: {scores.sign}"
-    )
+    frame = scores.to_frame().sort_values("value", ascending=False)
+    shown = frame.head(12)[["component", "value", "standard_error", *scores.roles]]
+    _print_frame(shown, title=f"{scores.method}, highest {len(shown)} of {len(frame)}: {scores.sign}")
     console.print(f"scores: {escape(str(out / 'scores.safetensors'))}")
 
 
@@ -338,7 +340,19 @@ def _pairs(pairs: list[str] | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Any]:
-    """A callback (text, done, total) that shows a bar with the time left; shown on stderr."""
+    """A callback (text, done, total) that shows a bar with the time left on stderr, or a line now and then in a file."""
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    if not errors.is_terminal:
+        last = time.monotonic()  # nothing at once: a mistake is to stay one line
+
+        def line(text: str, done: float, total: float) -> None:
+            nonlocal last
+            if time.monotonic() - last >= LINE_SECONDS:
+                last = time.monotonic()
+                errors.print(f"{time.strftime('%H:%M:%S')} {done:.0f} of {total:.0f}: {escape(text)}")
+
+        yield line
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -346,7 +360,7 @@ def _progress() -> Iterator[Any]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task("starting", total=None)
 
         def update(text: str, done: float, total: float) -> None:
@@ -358,7 +372,7 @@ def _progress() -> Iterator[Any]:
 def _print_frame(frame: Any, title: str) -> None:
     table = Table(title=escape(title), title_justify="left")
     for column in frame.columns:
-        table.add_column(escape(str(column)))
+        table.add_column(escape(str(column)), overflow="fold")
     for row in frame.itertuples(index=False):
         table.add_row(*(escape(f"{v:.3f}" if isinstance(v, float) else str(v)) for v in row))
     console.print(table)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from mechunlearn.checkpoints import save_model
-from mechunlearn.cli import main
+from mechunlearn.cli import _progress, main
 from mechunlearn.sources.bundled import load_bundled
 
 BROKEN = {
@@ -77,6 +77,16 @@ def test_the_program_itself_ends_a_mistake_with_code_2_and_one_line(tmp_path):
         timeout=300,
     )  # fmt: skip
     _says_one_line(result, tmp_path, "demmo")
+
+
+def test_progress_into_a_file_is_a_line_now_and_then(capsys, monkeypatch):
+    now = iter([0.0, 1.0, 25.0, 26.0, 50.0])
+    monkeypatch.setattr("mechunlearn.cli.time.monotonic", lambda: next(now, 50.0))
+    with _progress() as progress:
+        for done in range(3):
+            progress("judging: [a]", done, 3)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" ")[2] for line in lines] == ["1 of 3: judging: [a]", "2 of 3: judging: [a]"]
 
 
 @pytest.mark.parametrize("case", BROKEN)
