@@ -340,7 +340,7 @@ def _pairs(pairs: list[str] | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Any]:
-    """A callback (text, done, total) that shows a bar with the time left on stderr, or a line now and then in a file."""
+    """A callback (text, done, total): a bar with the time left on stderr, or a line now and then if that is a file."""
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     if not errors.is_terminal:
         last = time.monotonic()  # nothing at once: a mistake is to stay one line
