@@ -1,8 +1,8 @@
 """Forward passes that read or replace activations, and leave the model as it was.
 
 A *place* is what the residual stream is made of: ("mlp", 3) and ("attention", 3) are the writes of layer 3,
-("head", 3) all its heads' outputs before the output projection, ("block", 3) the stream after block 3 and
-("stream", 0) the stream before the first block.
+("head", 3) all its heads' outputs before the output projection, ("neuron", 3) its MLP's neurons, ("block", 3) the
+stream after block 3 and ("stream", 0) the stream before the first block.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,11 +22,12 @@ from mechunlearn.models import (
     embedding,
     first_output,
     head_input,
+    mlp_neurons,
     mlp_write,
     with_first_output,
 )
 
-PlaceKind = Literal["mlp", "attention", "head", "block", "stream"]
+PlaceKind = Literal["mlp", "attention", "head", "neuron", "block", "stream"]
 Place = tuple[PlaceKind, int]
 Change = Callable[[Tensor], Tensor]
 
@@ -116,10 +117,9 @@ def _attach(model: Model, place: Place, visit: Callable[[Place, Tensor], Tensor]
             return (visit(place, inputs[0]), *inputs[1:]), named
         return inputs, {**named, "hidden_states": visit(place, named["hidden_states"])}
 
-    if kind == "head":
-        return head_input(model, layer).register_forward_pre_hook(on_input, with_kwargs=True)
-    if kind == "stream":
-        return block(model, layer).register_forward_pre_hook(on_input, with_kwargs=True)
+    readers = {"head": head_input, "neuron": mlp_neurons, "stream": block}
+    if kind in readers:
+        return readers[kind](model, layer).register_forward_pre_hook(on_input, with_kwargs=True)
     modules = {"mlp": mlp_write, "attention": attention_write, "block": block}
     return modules[kind](model, layer).register_forward_hook(on_output)
 
