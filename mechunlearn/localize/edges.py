@@ -182,7 +182,8 @@ def _attention_inputs(model: Model, layer: int, at: dict[str, Tensor]) -> Float[
     """What each head's queries, keys and values want of the norm's output: their gradient through their own weights."""
     sizes, architecture = model.sizes, model.architecture
     wanted: list[Tensor] = []
-    for part, count in (("query", sizes.n_heads), ("key", sizes.n_kv_heads), ("value", sizes.n_kv_heads)):
+    counts: dict[Part, int] = {"query": sizes.n_heads, "key": sizes.n_kv_heads, "value": sizes.n_kv_heads}
+    for part, count in counts.items():
         for index in range(count):
             path, columns = projection_columns(architecture, sizes, part, index)
             name = f"{architecture.blocks}.{layer}.{path}.weight"
@@ -208,6 +209,6 @@ def _read(
     """Edges from all earlier writers to the readers behind one norm."""
     module = block(model, tap.layer).get_submodule(getattr(model.architecture, norm))
     x = batch.take(tap.inputs[norm], batch.corrupt_positions)
-    _, pull = torch.func.vjp(module.forward, x)
+    pull = torch.func.vjp(module.forward, x)[1]
     (at_stream,) = torch.vmap(pull)(wanted.to(x.dtype))
     return torch.einsum("bawd,rbad->bwr", torch.cat(list(deltas), dim=2), exact(at_stream))

@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from mechunlearn.components import ComponentScores
 from mechunlearn.facts import Fact
@@ -74,4 +74,4 @@ def stability(
 
 def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's, NaN where one side is constant."""
-    return float("nan") if np.ptp(a) == 0 or np.ptp(b) == 0 else float(spearmanr(a, b).statistic)
+    return float("nan") if np.ptp(a) == 0 or np.ptp(b) == 0 else float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])

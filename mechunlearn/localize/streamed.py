@@ -23,7 +23,7 @@ def streamed_scores(model: Model, batch: PairBatch, components: Sequence[Compone
     weights: 2 (n_layers + 1) [batch pos d_model] and one block's graph. Cost: five forward passes (seven for "both"),
     against three.
     """
-    runs = [_inputs(model, batch, batch.clean), _inputs(model, batch, batch.corrupt)]
+    runs = [block_inputs(model, batch, batch.clean), block_inputs(model, batch, batch.corrupt)]
     wanted = (form != "denoise", form != "noise")
     gradients = [_at_the_end(model, batch, one) if needed else None for one, needed in zip(runs, wanted, strict=True)]
     positions = (batch.clean_positions, batch.corrupt_positions)
@@ -31,30 +31,33 @@ def streamed_scores(model: Model, batch: PairBatch, components: Sequence[Compone
     effects: dict[Place, Tensor] = {}
     for layer in reversed(range(model.n_layers)):
         here = [place for place in places if place[1] == layer]
-        seen: list[dict[Place, Tensor]] = []
-        found: list[dict[Place, Tensor]] = []
-        for i, one in enumerate(runs):
-            values, at, gradients[i] = _again(model, one, layer, here, gradients[i])
-            seen.append(values)
-            found += [{place: exact(batch.take(g, positions[i])) for place, g in at.items()}] if at else []
+        values: dict[int, dict[Place, Tensor]] = {}
+        total: dict[Place, Tensor] = {}
+        for i in sorted((0, 1), key=lambda i: not wanted[i]):  # a graph is largest while least else is held
+            values[i], found, gradients[i] = block_again(model, runs[i], layer, here, gradients[i])
+            for place, gradient in found.items():
+                part = exact(batch.take(gradient, positions[i])) / sum(wanted)
+                total[place] = total[place] + part if place in total else part
+            runs[i].calls.pop()
         for place in here:
-            mean = sum((at[place] for at in found[1:]), found[0][place]) / len(found)
-            effects[place] = by_role(model, batch, place, difference(batch, seen[0][place], seen[1][place]) * mean)
+            moved = difference(batch, values[0].pop(place), values[1].pop(place))
+            effects[place] = by_role(model, batch, place, moved * total.pop(place))
     return assemble(components, effects), runs[0].metric, runs[1].metric
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _BlockRun:
+class BlockRun:
     """A forward pass as the arguments of its blocks."""
 
     tokens: Tokens
     calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]
-    last: Any
-    """What the last block returned."""
+    last: list[Any]
+    """What the last block returned; taken once."""
     metric: Tensor
 
 
-def _inputs(model: Model, batch: PairBatch, tokens: Tokens) -> _BlockRun:
+def block_inputs(model: Model, batch: PairBatch, tokens: Tokens) -> BlockRun:
+    """One forward pass without a graph, kept as what its blocks were called with."""
     calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
     ends: list[Any] = []
 
@@ -69,19 +72,20 @@ def _inputs(model: Model, batch: PairBatch, tokens: Tokens) -> _BlockRun:
         last = block(model, model.n_layers - 1)
         stack.callback(last.register_forward_hook(lambda _module, _inputs, output: ends.append(output)).remove)
         metric = batch.logit_diff(last_logits(model, tokens))
-    return _BlockRun(tokens=tokens, calls=calls, last=ends[0], metric=metric)
+    return BlockRun(tokens=tokens, calls=calls, last=ends, metric=metric)
 
 
-def _at_the_end(model: Model, batch: PairBatch, one: _BlockRun) -> Tensor:
+def _at_the_end(model: Model, batch: PairBatch, one: BlockRun) -> Tensor:
     """Gradient of the metric by the last block's output; no block runs."""
-    end = first_output(one.last).detach().requires_grad_()
-    with _blocks_skipped(model, with_first_output(one.last, end)), torch.enable_grad():
+    last = one.last.pop()
+    end = first_output(last).detach().requires_grad_()
+    with _blocks_skipped(model, with_first_output(last, end)), torch.enable_grad():
         metric = batch.logit_diff(last_logits(model, one.tokens))
     return torch.autograd.grad(metric.sum(), end)[0]
 
 
-def _again(
-    model: Model, one: _BlockRun, layer: int, places: Sequence[Place], gradient: Tensor | None
+def block_again(
+    model: Model, one: BlockRun, layer: int, places: Sequence[Place], gradient: Tensor | None
 ) -> tuple[dict[Place, Tensor], dict[Place, Tensor], Tensor | None]:
     """One block again: its activations, their gradients, and the gradient by its input; none where none came in."""
     hidden, rest, named = one.calls[layer]
