@@ -14,7 +14,7 @@ from mechunlearn.activations import Change, Place, Tokens, exact, hooked, last_l
 from mechunlearn.components import ROLES, Component, ComponentScores
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize import LOCALIZERS
-from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs
+from mechunlearn.localize.pairs import Donors, PairBatch, batches, build_pairs, describe_pairs
 from mechunlearn.models import Model, all_components
 
 Form = Literal["denoise", "noise", "both"]
@@ -29,6 +29,7 @@ def attribution_patching(
     metric: Literal["logit_diff"] = "logit_diff",
     kinds: tuple[Literal["mlp", "attention", "head"], ...] = ("mlp", "attention"),
     pairs_per_fact: Annotated[int, Field(ge=1)] = 1,
+    donors: Donors = "other_answer",
     batch_size: Annotated[int, Field(ge=1)] = 32,
     seed: Annotated[int, Field(ge=0)] = 0,
 ) -> ComponentScores:
@@ -47,6 +48,7 @@ def attribution_patching(
         kinds: "head" scores every head's z before the output projection.
         pairs_per_fact: donors per fact, see `pairs.build_pairs`; tokens without a partner in the donor's prompt
             count as unchanged.
+        donors: "same_answer" gives the scores' null distribution, see `shuffled_pairs`.
 
     Raises:
         ValueError: no facts, no kinds, or a fact that cannot be paired.
@@ -56,7 +58,7 @@ def attribution_patching(
     """
     if not kinds:
         raise ValueError("attribution_patching: option 'kinds': got none, allowed: mlp, attention, head")
-    pairs = build_pairs(model, facts, pairs_per_fact=pairs_per_fact, seed=seed)
+    pairs = build_pairs(model, facts, pairs_per_fact=pairs_per_fact, donors=donors, seed=seed)
     components = all_components(model, tuple(dict.fromkeys(kinds)))
     total = np.zeros((len(facts), len(components), len(ROLES)))
     metrics: list[tuple[float, float]] = []
@@ -78,6 +80,7 @@ def attribution_patching(
             "metric": metric,
             "kinds": list(kinds),
             "pairs_per_fact": pairs_per_fact,
+            "donors": donors,
             "batch_size": batch_size,
             "seed": seed,
         },
