@@ -240,17 +240,19 @@ def online_code(
     Source: Voita & Titov 2020, arXiv:2003.12298, section 2.2.2; control labels: Hewitt & Liang 2019, arXiv:1909.03368.
     """
     known = tuple(dict.fromkeys(labels if classes is None else classes))
-    (own, block), (control, _) = (
-        online_bits(
-            features, sent, groups, classes=known, fractions=fractions, regularization=regularization,
+
+    def sent(own: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return online_bits(
+            features, own, groups, classes=known, fractions=fractions, regularization=regularization,
             max_steps=max_steps, seed=seed,
-        )
-        for sent in (labels, shuffled_labels(labels, groups, seed=seed + 1))
-    )  # fmt: skip
+        )  # fmt: skip
+
+    bits, block = sent(labels)
+    control, _ = sent(shuffled_labels(labels, groups, seed=seed + 1))
     return CodeLength(
         n_classes=len(known),
         rows=tuple(np.bincount(block).tolist()),
-        bits=tuple(np.bincount(block, own).tolist()),
+        bits=tuple(np.bincount(block, bits).tolist()),
         control_bits=tuple(np.bincount(block, control).tolist()),
     )
 

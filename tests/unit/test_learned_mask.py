@@ -77,7 +77,7 @@ def test_what_writes_nothing_is_closed_and_without_a_price_nothing_moves_it(tiny
 
 
 def test_training_keeps_the_answer_with_fewer_components(knowing: Model, facts) -> None:
-    scores = learned_mask(knowing, facts, steps=120, sparsity=2.0)
+    scores = learned_mask(knowing, facts, steps=80, sparsity=2.0)
     assert scores.notes["loss_last"] < scores.notes["loss_first"] - 0.3
     assert scores.notes["logit_diff_kept"] > 0 > scores.notes["logit_diff_closed"]
     assert 0 < (scores.values > 0.5).sum() < len(scores.values)
