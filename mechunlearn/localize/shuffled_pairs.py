@@ -26,7 +26,8 @@ def shuffled_pairs(
     """Run a pair-based localizer with corrupt = another subject with the *same* answer, for a null distribution.
 
     Subjects, and hence all activations, differ as in the real pairs, the answer does not: what the scores then are is
-    what they owe to the exchange of subjects alone. score = mean over `draws` drawings of donors.
+    what they owe to the exchange of subjects alone. score = mean over `draws` drawings of donors. Facts whose answer no
+    other subject of theirs has are left out, so there may be fewer rows than facts.
 
     Sign and units: those of `method`. Expected 0 for exact effects and for the form "both" of first-order scores, which
         change their sign when the two runs are exchanged. The forms "denoise" and "noise" are shifted by minus and plus
@@ -38,10 +39,11 @@ def shuffled_pairs(
         draws: drawings of donors and counterfactuals, with the seeds from `seed` on.
 
     Returns:
-        Scores whose notes hold `draws` (the value of each component in each draw) and `standard_deviation` over them.
+        Scores whose notes hold `draws` (the value of each component in each draw), `standard_deviation` over them, and
+        `n_left_out`.
 
     Raises:
-        ValueError: a method without pairs, or a fact whose answer no other subject has.
+        ValueError: a method without pairs, or no two subjects that share an answer.
     """
     chosen, given = LOCALIZERS.get(method), dict(options or {})
     if "donors" not in chosen.options.model_fields:
@@ -51,9 +53,17 @@ def shuffled_pairs(
         raise ValueError(
             f"shuffled_pairs: option 'options': got {sorted(fixed)[0]!r}, which it sets itself; leave it out"
         )
+    holders: dict[tuple[str, str], set[str]] = {}
+    for fact in facts:
+        holders.setdefault((fact.relation, fact.target_true), set()).add(fact.subject)
+    used = [fact for fact in facts if len(holders[fact.relation, fact.target_true]) > 1]
+    if not used:
+        raise ValueError(
+            f"shuffled_pairs: got {len(facts)} facts, no two of them with the same answer; give more facts"
+        )
     checked = chosen.validate(given | {"donors": "same_answer"})
     found: list[ComponentScores] = [
-        chosen.function(model, facts, **checked | {"seed": seed + draw}) for draw in range(draws)
+        chosen.function(model, used, **checked | {"seed": seed + draw}) for draw in range(draws)
     ]
     values = np.stack([scores.values for scores in found])
     first = found[0]
@@ -66,6 +76,7 @@ def shuffled_pairs(
         notes={
             "draws": values.tolist(),
             "standard_deviation": values.std(axis=0, ddof=1).tolist() if draws > 1 else None,
+            "n_left_out": len(facts) - len(used),
             "first_draw": dict(first.notes),
         },
     )

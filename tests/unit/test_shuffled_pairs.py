@@ -97,3 +97,11 @@ def test_methods_without_pairs_and_settings_of_its_own_are_refused(tiny_model, f
         with pytest.raises(ValueError, match=message) as error:
             shuffled_pairs(tiny_model(), facts, **given)
         assert "\n" not in str(error.value)
+
+
+def test_facts_that_share_no_answer_are_left_out_and_counted(tiny_model, facts) -> None:
+    model, alone = tiny_model(), replace(facts[0], target_true="Oslo", choices=("Oslo", "red"))
+    with_it = shuffled_pairs(model, [*facts[1:9], alone], draws=2)
+    without = shuffled_pairs(model, facts[1:9], draws=2)
+    assert (with_it.notes["n_left_out"], without.notes["n_left_out"]) == (1, 0)
+    np.testing.assert_allclose(with_it.per_fact, without.per_fact, atol=1e-5)
