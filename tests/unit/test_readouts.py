@@ -55,8 +55,8 @@ def test_the_lens_is_final_norm_and_unembedding_by_hand(any_model: Model, facts)
     np.testing.assert_allclose(final, expected, atol=1e-4)
 
 
-def test_the_lens_reads_what_the_attack_of_the_same_name_reads(tiny_model, facts) -> None:
-    model = tiny_model("gemma2")  # capped logits
+def test_the_lens_reads_what_the_attack_of_the_same_name_reads(tiny_model, tiny_facts) -> None:
+    model, facts = tiny_model("gemma2"), tiny_facts.facts[:10]  # capped logits; two relations, each with own candidates
     scores = logit_lens(model, facts, units="block")
     attack = lens_scores(model, facts)
     for column, site in enumerate(("subject_last", "last")):
