@@ -121,7 +121,7 @@ def prepare(settings: Settings, *, load: Callable[..., Model] = load_model) -> S
 
 
 def localize(stage: Stage, name: str, *, seed: int | None = None) -> ComponentScores:
-    """Run one localizer with the run's options on the facts to forget; it gets twin and retained facts if it takes any."""
+    """Run one localizer with the run's options on the facts to forget, with twin and retained facts if asked for."""
     method = LOCALIZERS.get(name)
     options = stage.settings.options("localize", name)
     takes = inspect.signature(method.function).parameters
