@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from mechunlearn.models import (
     Model,
+    NotSupported,
     attention,
     attention_write,
     block,
     embedding,
     first_output,
+    has_parallel_blocks,
     head_input,
     mlp_neurons,
     mlp_write,
@@ -122,6 +124,33 @@ def _attach(model: Model, place: Place, visit: Callable[[Place, Tensor], Tensor]
         return readers[kind](model, layer).register_forward_pre_hook(on_input, with_kwargs=True)
     modules = {"mlp": mlp_write, "attention": attention_write, "block": block}
     return modules[kind](model, layer).register_forward_hook(on_output)
+
+
+def stream_places(model: Model, *, mid: bool = False) -> tuple[Place, ...]:
+    """The places that `streams` needs recorded."""
+    kinds: tuple[PlaceKind, ...] = ("attention", "block") if mid else ("block",)
+    return ("stream", 0), *((kind, layer) for layer in range(model.n_layers) for kind in kinds)
+
+
+def streams(
+    model: Model, seen: Mapping[Place, Float[Tensor, "batch pos d_model"]], *, mid: bool = False
+) -> Iterator[Float[Tensor, "batch pos d_model"]]:
+    """The residual stream before the first block, then after each (with `mid`: after each of its two sublayers).
+
+    Raises:
+        NotSupported: `mid`, where attention and MLP of a block read the same stream: there is none between them.
+    """
+    if mid and has_parallel_blocks(model):
+        raise NotSupported(
+            f"{model.name}: its blocks are parallel, so no stream is between attention and MLP; use blocks"
+        )
+    stream = seen["stream", 0]
+    yield stream
+    for layer in range(model.n_layers):
+        if mid:
+            yield stream + seen["attention", layer]
+        stream = seen["block", layer]
+        yield stream
 
 
 @contextmanager

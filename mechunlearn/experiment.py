@@ -121,7 +121,7 @@ def prepare(settings: Settings, *, load: Callable[..., Model] = load_model) -> S
 
 
 def localize(stage: Stage, name: str, *, seed: int | None = None) -> ComponentScores:
-    """Run one localizer with the run's options on the facts to forget; it gets the twin if it takes one."""
+    """Run one localizer with the run's options on the facts to forget, with twin and retained facts if asked for."""
     method = LOCALIZERS.get(name)
     options = stage.settings.options("localize", name)
     takes = inspect.signature(method.function).parameters
@@ -129,6 +129,8 @@ def localize(stage: Stage, name: str, *, seed: int | None = None) -> ComponentSc
         options["seed"] = seed if seed is not None else options.get("seed") or stage.settings.seed
     if "twin" in takes:
         options["twin"] = stage.twin
+    if "retain" in takes:
+        options["retain"] = stage.split.retain_train
     return method.function(stage.model, stage.split.forget, **options)
 
 

@@ -22,7 +22,7 @@ from mechunlearn.localize.first_order import (
     run,
     score_pairs,
 )
-from mechunlearn.localize.pairs import PairBatch
+from mechunlearn.localize.pairs import Donors, PairBatch
 from mechunlearn.models import Model, embedding
 
 
@@ -35,6 +35,7 @@ def atp_star(
     grad_drop: bool = True,
     kinds: tuple[Literal["mlp", "attention", "head", "neuron"], ...] = ("mlp", "attention"),
     pairs_per_fact: Annotated[int, Field(ge=1)] = 1,
+    donors: Donors = "other_answer",
     batch_size: Annotated[int, Field(ge=1)] = 32,
     seed: Annotated[int, Field(ge=0)] = 0,
 ) -> ComponentScores:
@@ -65,7 +66,8 @@ def atp_star(
     fixed = qk_fix and "head" in kinds
     return score_pairs(
         model, facts, lambda batch, components: _scores(model, batch, components, fixed, grad_drop),
-        method="atp_star", kinds=kinds, pairs_per_fact=pairs_per_fact, batch_size=batch_size, seed=seed,
+        method="atp_star", kinds=kinds, pairs_per_fact=pairs_per_fact, donors=donors, batch_size=batch_size,
+        seed=seed,
         options={"qk_fix": qk_fix, "grad_drop": grad_drop},
         sign="logits, sizes only: with a layer's gradient dropped in turn" if grad_drop
         else "logits; positive: the component's value on the fact's own run supports the true answer",

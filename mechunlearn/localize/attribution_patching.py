@@ -10,6 +10,7 @@ from mechunlearn.facts import Fact
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.first_order import FirstOrderKind, Form, first_order_scores, score_pairs
 from mechunlearn.localize.streamed import streamed_scores
+from mechunlearn.localize.pairs import Donors
 from mechunlearn.models import Model
 
 
@@ -23,6 +24,7 @@ def attribution_patching(
     kinds: tuple[FirstOrderKind, ...] = ("mlp", "attention"),
     streamed: bool = False,
     pairs_per_fact: Annotated[int, Field(ge=1)] = 1,
+    donors: Donors = "other_answer",
     batch_size: Annotated[int, Field(ge=1)] = 32,
     seed: Annotated[int, Field(ge=0)] = 0,
 ) -> ComponentScores:
@@ -42,6 +44,7 @@ def attribution_patching(
         streamed: hold one block's graph at a time, for models that fit no other way; see `streamed.streamed_scores`.
         pairs_per_fact: donors per fact, see `pairs.build_pairs`; tokens without a partner in the donor's prompt
             count as unchanged.
+        donors: "same_answer" gives the scores' null distribution, see `shuffled_pairs`.
 
     Raises:
         ValueError: no facts, no kinds, or a fact that cannot be paired.
@@ -52,6 +55,7 @@ def attribution_patching(
     scores = streamed_scores if streamed else first_order_scores
     return score_pairs(
         model, facts, lambda batch, components: scores(model, batch, components, form),
-        method="attribution_patching", kinds=kinds, pairs_per_fact=pairs_per_fact, batch_size=batch_size, seed=seed,
+        method="attribution_patching", kinds=kinds, pairs_per_fact=pairs_per_fact, donors=donors, batch_size=batch_size,
+        seed=seed,
         options={"form": form, "metric": metric, "streamed": streamed},
     )  # fmt: skip

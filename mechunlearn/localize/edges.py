@@ -17,7 +17,7 @@ from mechunlearn.architectures import projection_columns
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize.first_order import SIGN, difference, run
 from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs
-from mechunlearn.models import Model, NotSupported, block, embedding, head_input, is_transposed
+from mechunlearn.models import Model, NotSupported, block, embedding, has_parallel_blocks, head_input, is_transposed
 
 Part = Literal["query", "key", "value"]
 
@@ -130,7 +130,7 @@ def edge_scores(model: Model, batch: PairBatch) -> Float[Tensor, "batch writer r
         before = deltas[: 2 * layer + 1]
         columns.append(_read(model, batch, tap, before, _attention_inputs(model, layer, at), "attention_norm"))
         deltas.append(_heads(model, layer, moved["head", layer]) * weight[..., None])
-        parallel = bool(getattr(model.hf.config, "use_parallel_residual", False))
+        parallel = has_parallel_blocks(model)
         before = before if parallel else deltas[: 2 * layer + 2]
         columns.append(_read(model, batch, tap, before, at["mlp_norm"][None], "mlp_norm"))
         deltas.append(moved["mlp", layer][:, :, None] * weight[..., None])

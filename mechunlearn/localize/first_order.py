@@ -13,7 +13,7 @@ from torch import Tensor
 from mechunlearn.activations import Change, Place, Tokens, exact, hooked, last_logits, untouched
 from mechunlearn.components import ROLES, Component, ComponentScores
 from mechunlearn.facts import Fact, hash_facts
-from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs
+from mechunlearn.localize.pairs import Donors, PairBatch, batches, build_pairs, describe_pairs
 from mechunlearn.models import Model, all_components
 
 Form = Literal["denoise", "noise", "both"]
@@ -32,6 +32,7 @@ def score_pairs(
     method: str,
     kinds: Sequence[FirstOrderKind],
     pairs_per_fact: int,
+    donors: Donors,
     batch_size: int,
     seed: int,
     options: Mapping[str, Any],
@@ -41,6 +42,7 @@ def score_pairs(
     """Run a scoring function over the facts' pairs, batch by batch, and average over each fact's pairs.
 
     Args:
+        donors: "same_answer" gives the scores' null distribution, see `shuffled_pairs`.
         rule: inside it the model computes its gradients, see `backward_rules`.
 
     Raises:
@@ -48,7 +50,7 @@ def score_pairs(
     """
     if not kinds:
         raise ValueError(f"{method}: option 'kinds': got none, allowed: mlp, attention, head, neuron")
-    pairs = build_pairs(model, facts, pairs_per_fact=pairs_per_fact, seed=seed)
+    pairs = build_pairs(model, facts, pairs_per_fact=pairs_per_fact, donors=donors, seed=seed)
     components = all_components(model, tuple(dict.fromkeys(kinds)))
     total = np.zeros((len(facts), len(components), len(ROLES)))
     metrics: list[tuple[float, float]] = []
@@ -65,8 +67,8 @@ def score_pairs(
         sign=sign,
         components=components,
         per_fact=total / n_pairs[:, None, None],
-        options={**options, "kinds": list(kinds), "pairs_per_fact": pairs_per_fact, "batch_size": batch_size,
-                 "seed": seed},
+        options={**options, "kinds": list(kinds), "pairs_per_fact": pairs_per_fact, "donors": donors,
+                 "batch_size": batch_size, "seed": seed},
         facts_sha256=hash_facts(facts),
         notes={**describe_pairs(pairs), "logit_diff_clean": float(clean_mean),
                "logit_diff_corrupt": float(corrupt_mean)},

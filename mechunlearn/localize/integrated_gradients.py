@@ -22,7 +22,7 @@ from mechunlearn.localize.first_order import (
     run,
     score_pairs,
 )
-from mechunlearn.localize.pairs import PairBatch
+from mechunlearn.localize.pairs import Donors, PairBatch
 from mechunlearn.models import Model
 
 Over = Literal["inputs", "activations"]
@@ -37,6 +37,7 @@ def integrated_gradients(
     steps: Annotated[int, Field(ge=1)] = 5,
     kinds: tuple[FirstOrderKind, ...] = ("mlp", "attention"),
     pairs_per_fact: Annotated[int, Field(ge=1)] = 1,
+    donors: Donors = "other_answer",
     batch_size: Annotated[int, Field(ge=1)] = 32,
     seed: Annotated[int, Field(ge=0)] = 0,
 ) -> ComponentScores:
@@ -66,7 +67,8 @@ def integrated_gradients(
     scores = over_inputs if over == "inputs" else over_activations
     return score_pairs(
         model, facts, lambda batch, components: scores(model, batch, components, steps),
-        method="integrated_gradients", kinds=kinds, pairs_per_fact=pairs_per_fact, batch_size=batch_size, seed=seed,
+        method="integrated_gradients", kinds=kinds, pairs_per_fact=pairs_per_fact, donors=donors, batch_size=batch_size,
+        seed=seed,
         options={"over": over, "steps": steps},
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from mechunlearn.facts import Fact
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.backward_rules import relevance_rules
 from mechunlearn.localize.first_order import FirstOrderKind, Form, first_order_scores, score_pairs
+from mechunlearn.localize.pairs import Donors
 from mechunlearn.models import Model
 
 
@@ -22,6 +23,7 @@ def relevance_patching(
     form: Form = "denoise",
     kinds: tuple[FirstOrderKind, ...] = ("mlp", "attention"),
     pairs_per_fact: Annotated[int, Field(ge=1)] = 1,
+    donors: Donors = "other_answer",
     batch_size: Annotated[int, Field(ge=1)] = 32,
     seed: Annotated[int, Field(ge=0)] = 0,
 ) -> ComponentScores:
@@ -46,6 +48,7 @@ def relevance_patching(
     chosen = relevance_rules(model, norms="norms" in rules, activations="activations" in rules)
     return score_pairs(
         model, facts, lambda batch, components: first_order_scores(model, batch, components, form),
-        method="relevance_patching", kinds=kinds, pairs_per_fact=pairs_per_fact, batch_size=batch_size, seed=seed,
+        method="relevance_patching", kinds=kinds, pairs_per_fact=pairs_per_fact, donors=donors, batch_size=batch_size,
+        seed=seed,
         rule=chosen, options={"rules": list(rules), "form": form},
     )  # fmt: skip
