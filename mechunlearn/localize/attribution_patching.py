@@ -9,8 +9,8 @@ from mechunlearn.components import ComponentScores
 from mechunlearn.facts import Fact
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.first_order import FirstOrderKind, Form, first_order_scores, score_pairs
-from mechunlearn.localize.streamed import streamed_scores
 from mechunlearn.localize.pairs import Donors
+from mechunlearn.localize.streamed import streamed_scores
 from mechunlearn.models import Model
 
 
