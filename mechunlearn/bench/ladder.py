@@ -82,9 +82,9 @@ def verify(
     Args:
         model: the base with other weights in these components.
     """
-    knows = float(score_facts(model, new)["correct"].mean())
-    keeps = float(score_facts(model, old)["correct"].mean())
-    chance = float(score_facts(base, new)["chance"].mean())
+    knows = float(score_facts(model, new)["correct"].to_numpy().mean())
+    keeps = float(score_facts(model, old)["correct"].to_numpy().mean())
+    chance = float(score_facts(base, new)["chance"].to_numpy().mean())
     restored = _accuracy(model, base, components, new, ROLES)
     gain = max(knows - chance, 1e-9)
 

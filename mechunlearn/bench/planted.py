@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from mechunlearn.bench.planted_scores import Planted, reduced, score_plant, verify_plant
-from mechunlearn.bench.planted_settings import PlantedSettings
+from mechunlearn.bench.planted_settings import PlantedSettings, Reduction
 from mechunlearn.bench.ranks import (
     METRICS,
     PRIOR,
@@ -111,7 +111,7 @@ def _rows(
     planted: Planted, scores: Sequence[tuple[str, ComponentScores | str]], settings: PlantedSettings
 ) -> list[dict[str, Any]]:
     """One row a localizer; empty metrics where it does not score components of the planted kind."""
-    reductions = {line.name: line.reduce for line in settings.lines()}
+    reductions: dict[str, Reduction] = {line.name: line.reduce for line in settings.lines()}
     rows = []
     nothing = dict.fromkeys((*METRICS, "role"), float("nan"))
     for name, given in scores:

@@ -65,7 +65,8 @@ def read_facts(folder: Path) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
     data = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
 
     def fact(row: Mapping[str, Any]) -> Fact:
-        return Fact(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
+        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+        return Fact(**fields)
 
     return tuple(map(fact, data["old"])), tuple(map(fact, data["new"]))
 

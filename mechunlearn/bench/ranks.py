@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import comb, isfinite, nan
+from typing import cast
 
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from mechunlearn.components import Component
+from mechunlearn.components import Component, Kind
 from mechunlearn.statistics import Interval, mean_interval, seed_interval
 
 # pandas has no complete types
@@ -65,13 +66,9 @@ def depth_prior(planted: Iterable[Sequence[Component]], n_layers: int) -> dict[C
     Give it development models alone: it is a baseline that knows how the ladder was made, not the model in question.
     """
     counts = Counter(component for components in planted for component in components)
-    kinds = {component.kind for component in counts}
-    return {
-        component: counts[component] - layer / (2 * n_layers)
-        for kind in sorted(kinds)
-        for layer in range(n_layers)
-        for component in [Component(kind, layer)]
-    }
+    kinds: set[Kind] = {component.kind for component in counts}
+    components = [Component(kind, layer) for kind in sorted(kinds) for layer in range(n_layers)]
+    return {component: counts[component] - component.layer / (2 * n_layers) for component in components}
 
 
 def interval_over_bases(means: Sequence[float] | np.ndarray) -> Interval:
@@ -98,13 +95,16 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
     """
     both = pd.concat([rows, rows.assign(group="all")])
     table = []
-    for key, own in both.groupby(["part", "group", "localizer"], sort=False):
+    keys = ["part", "group", "localizer"]
+    for key, own in both.groupby(keys, sort=False):
         for metric in [name for name in (*METRICS, "role") if name in own]:
             scored = own.dropna(subset=[metric])
             if len(scored):
-                found = interval_over_bases(scored.groupby("base")[metric].mean().to_numpy())
-                table.append((*key, metric, found.value, found.lower, found.upper, found.n, len(scored)))
-    columns = ["part", "group", "localizer", "metric", "value", "lower", "upper", "n_bases", "n_plants"]
+                found = interval_over_bases(np.asarray(scored.groupby("base")[metric].mean()))
+                table.append(
+                    (*cast(tuple[str, ...], key), metric, found.value, found.lower, found.upper, found.n, len(scored))
+                )
+    columns = [*keys, "metric", "value", "lower", "upper", "n_bases", "n_plants"]
     return pd.DataFrame(table, columns=pd.Index(columns))
 
 
@@ -120,7 +120,7 @@ def differences(rows: pd.DataFrame, against: Sequence[str]) -> pd.DataFrame:
             for name in (name for name in wide if name != other):
                 paired = (wide[name] - wide[other]).dropna()
                 for part, own in paired.groupby("part"):
-                    found = interval_over_bases(own.groupby("base").mean().to_numpy())
+                    found = interval_over_bases(np.asarray(own.groupby("base").mean()))
                     table.append((part, name, other, metric, found.value, found.lower, found.upper, found.n, len(own)))
     columns = ["part", "localizer", "against", "metric", "difference", "lower", "upper", "n_bases", "n_plants"]
     return pd.DataFrame(table, columns=pd.Index(columns))

@@ -128,7 +128,7 @@ def train_base(recipe: Recipe) -> Model:
         with torch.no_grad():
             for name, parameter in model.hf.named_parameters():
                 parameter.copy_(trainable.leaves[name])
-        if score_facts(model, old, batch_size=1000)["correct"].all():
+        if score_facts(model, old, batch_size=1000)["correct"].to_numpy().all():
             break
     return model
 

@@ -47,19 +47,18 @@ def planted_figure(bench: PlantedBench, metric: str = "hit@1") -> go.Figure:
     figure.update_xaxes(range=[-0.03, 1.05], tickformat=".0%", row=1, col=1)
     figure.update_yaxes(categoryorder="array", categoryarray=[label(name) for name in names], row=1, col=1)
     figure.update_layout(legend={"orientation": "h", "y": -0.14})
-    good = int((bench.ladder["reason"] == "").sum())
+    good = list(bench.ladder["reason"]).count("")
     subtitle = f"{good} of {len(bench.ladder)} plants verified, in {bench.rows['base'].nunique()} bases"
     return styled(figure, "Which localizer finds facts whose place is known", subtitle, height=200 + 34 * len(names))
 
 
 def _by_layer(figure: go.Figure, rows: pd.DataFrame, names: list[str], metric: str) -> None:
     layers = sorted(set(rows["layer"]))
-    means = rows.groupby(["localizer", "layer"])[metric].mean()
-    values = [[means.get((name, layer)) for layer in layers] for name in names]
+    means = rows.pivot_table(index="localizer", columns="layer", values=metric).reindex(index=names, columns=layers)
     figure.add_trace(
         go.Heatmap(
-            z=values, x=[f"layer {layer}" for layer in layers], y=[label(name) for name in names], zmin=0, zmax=1,
-            colorscale=theme.SEQUENTIAL, showscale=False, xgap=2, ygap=2, texttemplate="%{z:.0%}",
+            z=means.to_numpy(), x=[f"layer {layer}" for layer in layers], y=[label(name) for name in names],
+            zmin=0, zmax=1, colorscale=theme.SEQUENTIAL, showscale=False, xgap=2, ygap=2, texttemplate="%{z:.0%}",
             hovertemplate="%{y}, planted at %{x}: %{z:.0%}<extra></extra>",
         ),
         row=1, col=2,
