@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from mechunlearn.bench.planted_scores import Planted, reduced, score_plant, verify_plant
-from mechunlearn.bench.planted_settings import PlantedSettings, Reduction
+from mechunlearn.bench.planted_scores import Planted, score_plant, verify_plant
+from mechunlearn.bench.planted_settings import PlantedSettings
 from mechunlearn.bench.ranks import (
     METRICS,
     PRIOR,
@@ -19,7 +19,7 @@ from mechunlearn.bench.ranks import (
     ranking_metrics,
     summarize,
 )
-from mechunlearn.components import Component, ComponentScores
+from mechunlearn.components import Component, ComponentScores, Reduction
 from mechunlearn.experiment import process_pool
 
 # pandas has no complete types
@@ -119,7 +119,7 @@ def _rows(
         if isinstance(given, str):
             rows.append(about | nothing | {"error": given})
             continue
-        values = _of_kind(dict(zip(given.components, reduced(given, reductions[name]).tolist(), strict=True)), planted)
+        values = _of_kind(dict(zip(given.components, given.reduced(reductions[name]).tolist(), strict=True)), planted)
         found = (
             ranking_metrics(values, planted.components) | {"role": _finds_role(planted, given)} if values else nothing
         )

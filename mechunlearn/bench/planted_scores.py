@@ -10,11 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
-
 from mechunlearn.bench.ladder import Verification, verify
-from mechunlearn.bench.planted_settings import LocalizerSettings, Reduction
+from mechunlearn.bench.planted_settings import LocalizerSettings
 from mechunlearn.checkpoints import load_model
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.edit.edits import applied, load_edit
@@ -114,10 +111,3 @@ def score_plant(planted: Planted, lines: Sequence[LocalizerSettings]) -> list[tu
                     continue
             found.append((line.name, ComponentScores.load(path)))
     return found
-
-
-def reduced(scores: ComponentScores, how: Reduction) -> Float[np.ndarray, " component"]:
-    """One value a component: the mean over facts of the sum over roles, its size, or the mean of all sizes."""
-    if how == "mean_of_abs":
-        return np.abs(scores.per_fact).sum(axis=2).mean(axis=0)
-    return np.abs(scores.values) if how == "abs_of_mean" else scores.values

@@ -6,11 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mechunlearn.components import Component
+from mechunlearn.components import Component, Reduction
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.settings import Options, Strict, check, preset_names, read_preset
 
-Reduction = Literal["mean", "abs_of_mean", "mean_of_abs"]
 PlantedArchitecture = Literal["gpt2", "gpt_neox", "llama"]
 
 
