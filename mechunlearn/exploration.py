@@ -3,7 +3,7 @@
 No widgets here: `explorer` shows it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -32,11 +32,11 @@ _COVERS = {"all": ROLES, "subject": SUBJECT_ROLES}  # roles of localizers that s
 class Outcome:
     """What two runs say next: the likeliest tokens of both, the true and the donor's answer among them."""
 
-    answers: tuple[str, ...]
     true: str
-    before: Float[np.ndarray, " answer"]
-    """Probabilities among the whole vocabulary."""
-    after: Float[np.ndarray, " answer"]
+    before: Mapping[str, float]
+    """Probability of each answer among the whole vocabulary."""
+    after: Mapping[str, float]
+    """Of the same answers."""
     logit_diff_before: float
     """Logit of the true minus logit of the donor's answer."""
     logit_diff_after: float
@@ -222,11 +222,12 @@ class Exploration:
             text if texts.count(text) == 1 else f"{text} ({token})" for text, token in zip(texts, ids, strict=True)
         ]
         return Outcome(
-            answers=tuple(names), true=names[ids.index(pair.answer)],
-            before=p[ids].cpu().numpy(), after=q[ids].cpu().numpy(),
+            true=names[ids.index(pair.answer)],
+            before=dict(zip(names, p[ids].tolist(), strict=True)),
+            after=dict(zip(names, q[ids].tolist(), strict=True)),
             logit_diff_before=float(before[pair.answer] - before[pair.counterfactual]),
             logit_diff_after=float(after[pair.answer] - after[pair.counterfactual]),
-        )  # fmt: skip
+        )
 
 
 def roles_of(pair: Pair) -> tuple[str, ...]:

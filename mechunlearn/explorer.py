@@ -179,6 +179,4 @@ class Explorer(widgets.VBox):
 
 
 def _bars(outcome: Outcome, names: tuple[str, str], subtitle: str) -> go.Figure:
-    before = dict(zip(outcome.answers, outcome.before.tolist(), strict=True))
-    after = dict(zip(outcome.answers, outcome.after.tolist(), strict=True))
-    return figures.answers(before, after, true=outcome.true, names=names, subtitle=subtitle)
+    return figures.answers(outcome.before, outcome.after, true=outcome.true, names=names, subtitle=subtitle)

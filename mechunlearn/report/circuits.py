@@ -101,7 +101,7 @@ def circuit(edges: EdgeScores, *, n_edges: int = 40, paths_only: bool = True) ->
         go.Scatter(
             x=[at[name][0] for name in names], y=[at[name][1] for name in names], mode="markers+text", text=names,
             hoverinfo="text", hovertext=names, showlegend=False, textfont={"size": 12, "color": theme.INK},
-            marker={"size": 34, "color": "white", "line": {"color": theme.INK, "width": 1.5},
+            marker={"size": 40, "color": "white", "line": {"color": theme.INK, "width": 1.5},
                     "symbol": ["square" if name.startswith("m") else "circle" for name in names]},
         )
     )  # fmt: skip
