@@ -112,8 +112,9 @@ def circuit(edges: EdgeScores, *, n_edges: int = 40, paths_only: bool = True) ->
     ticks = {y: "embedding" if y == layers[0] else "answer" if y == layers[-1] else f"{(y - 1) // 2}" for y in layers}
     shown = {y: text for y, text in ticks.items() if not text.isdigit() or y % 2}
     figure.update_yaxes(
-        tickvals=list(shown), ticktext=list(shown.values()), showgrid=False, zeroline=False, title="layer"
-    )
+        tickvals=list(shown), ticktext=list(shown.values()), showgrid=False, zeroline=False, title="layer",
+        range=[layers[0] - 0.8, layers[-1] + 0.8],
+    )  # fmt: skip
     subtitle = (
         f"{len(kept)} of the {len(strongest)} largest edges{', those on a path' if paths_only else ''}; red: supports "
         f"the true answer, blue and dashed: against it; {label(edges.metric)}; n = {len(edges.per_fact)} facts"

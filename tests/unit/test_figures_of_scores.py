@@ -138,7 +138,7 @@ def test_the_lens_shows_the_answers_probability_and_the_likeliest_word():
     )  # fmt: skip
     figure = figures.lens_by_token(lens)
     np.testing.assert_allclose(figure.data[0].z, p)
-    assert figure.data[0].text[0] == ("x", "y")
+    assert list(figure.data[0].text[0]) == ["x", "y"]
     assert "likeliest: z 0.950" in figure.data[0].hovertext[1][1]
     assert HOSTILE not in _text(figure)
 
@@ -149,11 +149,11 @@ def _curve(method, f):
 
 
 def test_faithfulness_curves_show_f_and_name_its_areas():
-    figure = figures.faithfulness_curves([_curve(HOSTILE, [0, 0.5, 1]), _curve("b", [0.2, 1.2, 1])])
-    assert [list(line.y) for line in figure.data] == [[0, 0.5, 1], [0.2, 1.2, 1]]
+    figure = figures.faithfulness_curves([_curve(HOSTILE, [0, 0.4, 1]), _curve("b", [0.2, 1.2, 1])])
+    assert [list(line.y) for line in figure.data] == [[0, 0.4, 1], [0.2, 1.2, 1]]
     assert list(figure.data[0].x) == [0.1, 0.5, 1.0]
-    # trapezoids by hand: 0.4 * 0.25 + 0.5 * 0.75 and 0.4 * 0.75 + 0.5 * 0.25
-    assert figure.data[0].name.endswith(f"CPR {0.475:.2f}, CMD {0.425:.2f}")
+    # trapezoids by hand: 0.4 * 0.2 + 0.5 * 0.7, and what it lacks of the width 0.9
+    assert figure.data[0].name.endswith("CPR 0.43, CMD 0.47")
     assert figure.layout.xaxis.type == "log"
     both = figures.faithfulness_curves([_curve("b", [0.2, 1.2, 1])], completeness=True)
     np.testing.assert_allclose(both.data[1].y, [0.8, -0.2, 0])
