@@ -61,16 +61,17 @@ class Explorer(widgets.VBox):
         asked = [(f"{f.ask(f.prompt)} → {f.target_true}", i) for i, f in enumerate(exploration.facts)]
         components = all_components(exploration.model, ("mlp", "attention", "head"))
         wide = widgets.Layout(width="46%")
-        self.fact = widgets.Dropdown(options=asked, description="fact", layout=wide)
-        self.localizer = widgets.Dropdown(options=LOCALIZERS.names(), value=localizer, description="localizer")
-        self.metric = widgets.Dropdown(description="metric")
-        self.view = widgets.Dropdown(options=list(self.views), value=view, description="map")
-        self.component = widgets.Combobox(
+        # Any: every value of a widget may be None to its types, and none of these is
+        self.fact: Any = widgets.Dropdown(options=asked, description="fact", layout=wide)
+        self.localizer: Any = widgets.Dropdown(options=LOCALIZERS.names(), value=localizer, description="localizer")
+        self.metric: Any = widgets.Dropdown(description="metric")
+        self.view: Any = widgets.Dropdown(options=list(self.views), value=view, description="map")
+        self.component: Any = widgets.Combobox(
             options=[str(c) for c in components], value=str(components[0]), description="component",
             placeholder="m3, a5, a5.h2, m3.n117", continuous_update=False,
         )  # fmt: skip
-        self.position = widgets.Dropdown(description="token")
-        self.how = widgets.ToggleButtons(options=HOWS, description="becomes")
+        self.position: Any = widgets.Dropdown(description="token")
+        self.how: Any = widgets.ToggleButtons(options=HOWS, description="becomes")
         self.runs = widgets.HTML()
         self.map, self.answers, self.changed = widgets.VBox(), widgets.VBox(layout=wide), widgets.VBox(layout=wide)
         super().__init__([

@@ -1,6 +1,7 @@
 """Figures as pictures: PNG files through kaleido, which needs a browser."""
 
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -19,9 +20,10 @@ def save_png(
     Raises:
         ValueError: kaleido is not installed, or finds no Chrome or Chromium.
     """
+    layout: Any = figure.layout
     white = go.Figure(figure).update_layout(paper_bgcolor="white", plot_bgcolor="white")
     try:
-        data = white.to_image(format="png", width=width, height=height or figure.layout.height or 500, scale=scale)
+        data = white.to_image(format="png", width=width, height=height or layout.height or 500, scale=scale)
     except (ValueError, ImportError, RuntimeError) as error:
         missing = str(error).strip().partition("\n")[0]
         raise ValueError(
