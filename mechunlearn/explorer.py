@@ -3,9 +3,10 @@
 Widgets only; `exploration` computes. With anywidget the maps can be clicked, without it they are shown as they are.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import ipywidgets as widgets
 import plotly.graph_objects as go
@@ -142,9 +143,8 @@ class Explorer(widgets.VBox):
                     trace.on_click(self.click)
             area.children = (live,)
         else:  # plotly's FigureWidget needs anywidget
-            still = widgets.Output()
-            still.append_display_data(figure)
-            area.children = (still,)
+            data = {"application/vnd.plotly.v1+json": json.loads(cast(str, figure.to_json()))}
+            area.children = (widgets.Output(outputs=({"output_type": "display_data", "data": data, "metadata": {}},)),)
 
     def click(self, trace: Any, points: Any, _state: object = None) -> None:
         """Choose the component, and on a map of one prompt the token, that was clicked."""
