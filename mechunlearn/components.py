@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mechunlearn.files import whole_file
+from mechunlearn.html_card import html_card
 
 Kind = Literal["mlp", "attention", "head", "neuron"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -179,6 +180,15 @@ class ComponentScores:
             }
         )
         return frame.assign(**{role: self.by_role[:, i] for i, role in enumerate(self.roles)})
+
+    def _repr_html_(self) -> str:
+        largest = np.argsort(-np.abs(self.values), kind="stable")[:8]
+        rows = [(self.components[i], float(self.values[i]), float(self.standard_error[i])) for i in largest]
+        lines = {
+            "metric": self.metric, "sign": self.sign, "facts": self.n_facts, "roles": ", ".join(self.roles),
+            "components": f"{len(self.components)}, the largest:",
+        }  # fmt: skip
+        return html_card(self.method, lines, [("component", "score", "standard error"), *rows])
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file (numbers) with a JSON record in its header, all or nothing."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mechunlearn.evidence import AttackEvidence, PositiveControl
+from mechunlearn.html_card import html_card
 from mechunlearn.statistics import (
     bootstrap_means,
     bootstrap_weights,
@@ -65,6 +66,15 @@ class Verdict:
 
     def __str__(self) -> str:
         return "hidden (still expressed)" if self.label == "hidden" and self.still_expressed else self.label
+
+    def _repr_html_(self) -> str:
+        lines = {
+            "why": self.reason, "what would settle it": self.settle, "caveats": "; ".join(self.caveats),
+            "counts as removed": f"less than {self.delta:.0%} of {self.denominator:.2f} ({self.null})",
+        }  # fmt: skip
+        rows = [(r.name, r.share, r.lower, r.upper, r.n_facts, "yes" if r.counts else "no", r.note) for r in self.rows]
+        head = ("attack", "D: share brought back", "lower", "upper", "facts", "counts", "")
+        return html_card(str(self), lines, [head, *rows])
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON data."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mechunlearn.activations import Place, exact, hooked, last_logits, untouched
 from mechunlearn.architectures import projection_columns
 from mechunlearn.facts import Fact, hash_facts
+from mechunlearn.html_card import html_card
 from mechunlearn.localize.first_order import SIGN, difference, run
 from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs
 from mechunlearn.models import Model, NotSupported, block, embedding, has_parallel_blocks, head_input, is_transposed
@@ -53,6 +54,17 @@ class EdgeScores:
         ]
         frame = pd.DataFrame(rows, columns=pd.Index(["writer", "reader", "value", "standard_error"]))
         return frame.sort_values("value", key=np.abs, ascending=False, ignore_index=True)
+
+    def _repr_html_(self) -> str:
+        frame = self.to_frame()
+        lines = {
+            "metric": self.metric,
+            "sign": self.sign,
+            "facts": len(self.per_fact),
+            "edges": f"{len(frame)}, the largest:",
+        }
+        rows = frame.head(8).itertuples(index=False, name=None)
+        return html_card("edges", lines, [("writer", "reader", "score", "standard error"), *rows])
 
 
 def edge_attribution_patching(

@@ -11,6 +11,7 @@ from torch import Tensor
 from mechunlearn.activations import Change, Place, hooked, last_logits, untouched
 from mechunlearn.components import Component, ComponentScores, Reduction
 from mechunlearn.facts import Fact
+from mechunlearn.html_card import html_card
 from mechunlearn.localize.first_order import places_of
 from mechunlearn.localize.pairs import PairBatch, batches, build_pairs
 from mechunlearn.models import Model
@@ -45,6 +46,11 @@ class FaithfulnessCurve:
         """Mean of f over log k, so that small circuits count as much as large ones."""
         logs = np.log(self.sizes)
         return float(np.trapezoid(self.f, logs) / (logs[-1] - logs[0]))
+
+    def _repr_html_(self) -> str:
+        rows = zip(self.sizes, self.n_components, self.f.tolist(), self.completeness.tolist(), strict=True)
+        lines = {"CPR (higher is better)": f"{self.cpr:.3f}", "CMD (lower is better)": f"{self.cmd:.3f}"}
+        return html_card(f"{self.method}: faithfulness", lines, [("share", "components", "f", "without them"), *rows])
 
 
 def faithfulness(

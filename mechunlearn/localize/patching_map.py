@@ -14,6 +14,7 @@ from mechunlearn.components import Component
 from mechunlearn.facts import Fact
 from mechunlearn.localize.pairs import build_pairs, to_batch
 from mechunlearn.models import Model, all_components
+from mechunlearn.prompts import token_texts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,9 +87,8 @@ def patching_map(
                 logits = last_logits(model, repeated)
             patched = (logits[:, pair.answer] - logits[:, pair.counterfactual]).double().cpu().numpy()
             values[row, [c for c, _, _ in pair.aligned]] = (patched - corrupt) / (clean - corrupt)
-    tokens = tuple(model.tokenizer.convert_ids_to_tokens(list(pair.clean)) if model.tokenizer else map(str, pair.clean))
     return PatchingMap(
-        tokens=tuple(token.replace("Ġ", " ").replace("▁", " ") for token in tokens),
+        tokens=token_texts(model, pair.clean),
         components=components,
         values=values,
         clean=clean,
