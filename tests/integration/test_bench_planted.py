@@ -1,11 +1,13 @@
 """Localizers on models of known place, in small: what `mechunlearn bench planted --quick` does."""
 
 import pandas as pd
+import pytest
 from typer.testing import CliRunner
 
 from mechunlearn.cli import app
 
 
+@pytest.mark.slow
 def test_the_quick_bench_prints_every_localizer_and_goes_on_where_it_stopped(tmp_path):
     arguments = ["bench", "planted", "--quick", "--out", str(tmp_path / "bench")]
     found = CliRunner().invoke(app, arguments)
