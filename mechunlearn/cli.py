@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +33,13 @@ ModelOption = Annotated[str, typer.Option("--model", help="Bundled organism, loc
 TwinOption = Annotated[str | None, typer.Option("--twin", help="A model that never knew the facts, if there is one.")]
 FactsOption = Annotated[
     str,
-    typer.Option("--facts", help="Forget set (people-256); or data set, file, hub name: half of its subjects go."),
+    typer.Option("--facts", help="Forget set (people-256); or data set, file, hub name: see --forgotten."),
+]
+ForgottenOption = Annotated[
+    str | None,
+    typer.Option(
+        "--forgotten", help="File of those of the --facts that go; default: one of each of half of the subjects."
+    ),
 ]
 MethodOption = Annotated[
     str | None, typer.Option("--method", help="Method of this stage; `mechunlearn list` shows all.")
@@ -82,6 +89,7 @@ def localize(
     out: OutOption,
     model: ModelOption = "atlas",
     facts: FactsOption = "people-256",
+    forgotten: ForgottenOption = None,
     method: MethodOption = "attribution_patching",
     twin: TwinOption = None,
     device: Annotated[str, typer.Option("--device")] = "auto",
@@ -90,7 +98,9 @@ def localize(
     """Score the model's components for a set of facts; writes scores.safetensors and scores.csv."""
     from mechunlearn import stages
 
-    scores = stages.localize(model, facts, method or "", _pairs(set_), twin=twin, device=device, out=out)
+    scores = stages.localize(
+        model, stages.chosen(facts, forgotten), method or "", _pairs(set_), twin=twin, device=device, out=out
+    )
     frame = scores.to_frame().sort_values("value", ascending=False)
     shown = frame.head(12)[["component", "value", "standard_error", *scores.roles]]
     _print_frame(shown, title=f"{scores.method}, highest {len(shown)} of {len(frame)}: {scores.sign}")
@@ -102,6 +112,7 @@ def edit(
     out: OutOption,
     model: ModelOption = "atlas",
     facts: FactsOption = "people-256",
+    forgotten: ForgottenOption = None,
     method: MethodOption = "inject",
     scores: Annotated[Path | None, typer.Option("--scores", help="scores.safetensors of `localize`.")] = None,
     components: Annotated[
@@ -116,8 +127,8 @@ def edit(
     from mechunlearn import stages
 
     table = stages.edit(
-        model, facts, method or "", _pairs(set_), scores=scores, components=components, budget=budget,
-        export=export, device=device, out=out,
+        model, stages.chosen(facts, forgotten), method or "", _pairs(set_), scores=scores, components=components,
+        budget=budget, export=export, device=device, out=out,
     )  # fmt: skip
     _print_frame(table, title=f"{method}: before and after; p_true is among the candidates without the injected answer")
     console.print(f"edit: {escape(str(out / 'edit.safetensors'))}")
@@ -128,6 +139,7 @@ def attack(
     out: OutOption,
     model: ModelOption = "atlas",
     facts: FactsOption = "people-256",
+    forgotten: ForgottenOption = None,
     method: Annotated[
         str | None, typer.Option("--method", help="One attack; default: relearning, with --original all of them.")
     ] = None,
@@ -149,7 +161,14 @@ def attack(
         if edited is not None:
             raise ValueError("attack: got --edit and --original; --model is the edited checkpoint, so leave --edit out")
         settings = stages.checkpoint_settings(
-            model, original, facts, method, _pairs(set_), twin=twin, device=device, name=out.name
+            model,
+            original,
+            stages.chosen(facts, forgotten),
+            method,
+            _pairs(set_),
+            twin=twin,
+            device=device,
+            name=out.name,
         )
         from mechunlearn.experiment import run_experiment
 
@@ -158,7 +177,10 @@ def attack(
         _finish(result, out)
         return
     chosen = method or "relearning"
-    table = stages.attack(model, facts, chosen, _pairs(set_), edit_folder=edited, twin=twin, device=device, out=out)
+    table = stages.attack(
+        model, stages.chosen(facts, forgotten), chosen, _pairs(set_), edit_folder=edited, twin=twin, device=device,
+        out=out,
+    )  # fmt: skip
     _print_frame(table, title=f"{chosen}: hidden facts")
     console.print(f"rows: {escape(str(out))}")
 
@@ -329,6 +351,12 @@ def main() -> None:
             raise
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {escape(str(error))}")
         sys.exit(2)
+    except BrokenExecutor:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            "error: a worker process was killed (often for memory); finished parts are kept: run again, perhaps with "
+            "--set workers=1"
+        )
+        sys.exit(1)
 
 
 def _finish(run: Any, folder: Path) -> None:

@@ -69,10 +69,11 @@ def choose_facts(settings: FactsSettings, *, seed: int = 0) -> tuple[FactSet, tu
     """All facts, and those that are candidates for forgetting.
 
     Raises:
-        ValueError: an unknown forget set or relation, or more facts than there are.
+        ValueError: an unknown forget set or relation, facts to forget that are not in the source, or more of them than
+            there are.
     """
-    if settings.forget:
-        facts, forget = load_forget_set(settings.forget)
+    if settings.forget or settings.forgotten:
+        facts, forget = load_forget_set(settings.forget) if settings.forget else _named(settings)
         if settings.n is None:
             return facts, forget
         chosen = balanced_sample(forget, settings.n, seed)
@@ -83,6 +84,18 @@ def choose_facts(settings: FactsSettings, *, seed: int = 0) -> tuple[FactSet, tu
     half = None if settings.relation else max(4, len({fact.subject for fact in pool}) // 2)
     n = settings.n or half
     return facts, balanced_sample(pool, n, seed) if n else pool.facts
+
+
+def _named(settings: FactsSettings) -> tuple[FactSet, tuple[Fact, ...]]:
+    """All facts of the source, and those of them that a file names."""
+    facts, named = load_facts(settings.source, format=settings.format), load_facts(settings.forgotten or "")
+    known = {fact.key: fact for fact in facts}
+    if missing := [fact.key for fact in named if fact.key not in known]:
+        raise ValueError(
+            f"{settings.forgotten}: {len(missing)} of {len(named)} facts, first {missing[0]}, are not in "
+            f"{settings.source}; give a file whose subjects and relations are among its facts"
+        )
+    return facts, tuple(known[fact.key] for fact in named)
 
 
 def prepare(settings: Settings, *, load: Callable[..., Model] = load_model) -> Stage:
@@ -309,7 +322,10 @@ def _arm_tasks(stage: Stage, masks: Mapping[str, ParameterMask]) -> list[CellTas
 
 def task_key(stage: Stage, task: CellTask) -> str:
     """Hash of everything that decides a cell."""
-    settings = stage.settings.model_dump(exclude={"arms", "name", "workers", "localize"})
+    settings = stage.settings.model_dump(exclude={"arms", "name", "workers", "localize", "suppress"})
+    settings["suppress"] = {
+        side.suppression: stage.settings.suppress.get(side.suppression or "") for side in task.sides
+    }
     settings["device"] = str(stage.model.device)
     weights = [model and model.sha256 for model in (stage.model, stage.twin, stage.second_twin)]
     checkpoints = dict.fromkeys(side.model for side in task.sides if side.is_checkpoint)

@@ -48,6 +48,8 @@ class FactsSettings(Strict):
     forget: str | None = None
     """A default forget set (people-256, ...), or `n` of it; without one `relation` and `n` choose from any source;
     with neither, half of the subjects are to be forgotten, one fact each."""
+    forgotten: str | None = None
+    """A file of those facts of `source` that are to be forgotten (or `n` of them), in any format of a source."""
     relation: str | None = None
     n: Annotated[int, Field(ge=4)] | None = None
     folds: Annotated[int, Field(ge=2)] = 2

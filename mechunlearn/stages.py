@@ -58,19 +58,30 @@ REGISTRIES: Mapping[str, Registry] = {
 }  # fmt: skip
 
 
-def _chosen(facts: str) -> dict[str, str]:
-    """The [facts] of a forget set's name, or of a data set's."""
-    return {"forget": facts} if facts in FORGET_SETS else {"source": facts}
+def chosen(facts: str, forgotten: str | None = None) -> dict[str, str]:
+    """The [facts] of a forget set's name, or of a data set's with or without a file of those to be forgotten.
+
+    Raises:
+        ValueError: a file beside a forget set.
+    """
+    if facts in FORGET_SETS:
+        if forgotten is not None:
+            raise ValueError(
+                f"--forgotten: got {forgotten} beside --facts {facts}, a forget set; leave one of them out"
+            )
+        return {"forget": facts}
+    return {"source": facts} | ({"forgotten": forgotten} if forgotten else {})
 
 
-def _stage(model: str, facts: str, *, device: str, twin: str | None = None, **methods: Any) -> Stage:
-    data = {"name": "stage", "model": model, "device": device, "facts": _chosen(facts), **methods}
+def _stage(model: str, facts: Mapping[str, str], *, device: str, twin: str | None = None, **methods: Any) -> Stage:
+    data = {"name": "stage", "model": model, "device": device, "facts": dict(facts), **methods}
     return prepare(check_settings(data | ({"twin": twin} if twin else {}), "command line"))
 
 
 def localize(
-    model: str, facts: str, method: str, options: Mapping[str, Any], *, twin: str | None, device: str, out: Path
-) -> ComponentScores:
+    model: str, facts: Mapping[str, str], method: str, options: Mapping[str, Any], *,
+    twin: str | None, device: str, out: Path,
+) -> ComponentScores:  # fmt: skip
     """Score components; writes scores.safetensors and scores.csv into `out`."""
     replaceable(out)
     stage = _stage(model, facts, device=device, twin=twin, localize={method: dict(options)})
@@ -83,7 +94,7 @@ def localize(
 
 def edit(
     model: str,
-    facts: str,
+    facts: Mapping[str, str],
     method: str,
     options: Mapping[str, Any],
     *,
@@ -120,7 +131,7 @@ def edit(
 def checkpoint_settings(
     model: str,
     original: str,
-    facts: str,
+    facts: Mapping[str, str],
     method: str | None,
     changes: Mapping[str, Any],
     *,
@@ -131,20 +142,26 @@ def checkpoint_settings(
     """The run that judges a checkpoint any tool made of another: every attack (or one) and every positive control.
 
     Raises:
-        ValueError: options that a run does not have.
+        ValueError: options that a run does not have; facts of which none are said to be forgotten.
     """
     attacks = {each: dict(CHECKPOINT_ATTACKS.get(each, {})) for each in ([method] if method else DECIDING_ATTACKS)}
     data: dict[str, Any] = {
         "name": re.sub(r"[^\w.-]+", "-", name).strip("-._") or "attack", "model": original, "edited": [model],
-        "device": device, "workers": min(2, os.cpu_count() or 1), "facts": _chosen(facts), "attack": attacks,
+        "device": device, "workers": min(2, os.cpu_count() or 1), "facts": dict(facts), "attack": attacks,
     }  # fmt: skip
     data |= {"twin": twin} if twin else {}
-    return run_settings(data, changes, "command line")
+    settings = run_settings(data, changes, "command line")
+    if not (settings.facts.forget or settings.facts.forgotten or settings.facts.relation):
+        raise ValueError(
+            f"attack: got --original and --facts {settings.facts.source}, which do not say what was forgotten; give "
+            "--forgotten FILE, a forget set (`mechunlearn list`), or --set facts.relation=NAME"
+        )
+    return settings
 
 
 def attack(
     model: str,
-    facts: str,
+    facts: Mapping[str, str],
     method: str,
     options: Mapping[str, Any],
     *,

@@ -195,15 +195,23 @@ def bench_verdict(
             )
             judging.start([_task(stage, case) for case in wanted(one)])
             started.append((stage, judging))
+        failed: list[Exception] = []
         for i, (stage, judging) in enumerate(started):
             done = seeds + i * len(wanted(settings))
-            cells = judging.finish(lambda text, k, done=done, one=stage.settings: on_progress(
-                f"seed {one.seed}, {text}", done + k, total))  # fmt: skip
+            try:
+                cells = judging.finish(lambda text, k, done=done, one=stage.settings: on_progress(
+                    f"seed {one.seed}, {text}", done + k, total))  # fmt: skip
+            except Exception as error:  # noqa: BLE001 - hours of the other seeds' work are not to be lost with it
+                error.add_note(f"in seed {stage.settings.seed}; the other seeds' cells are kept, run again to go on")
+                failed.append(error)
+                continue
             controls, rows = _controls(cells, stage.settings)
             power += rows
             for case in wanted(stage.settings):
                 cell = next(cell for cell in cells if cell.name == case.name)
                 verdicts += _verdicts(case, cell, controls, stage.settings)
+    if failed:
+        raise failed[0]
     return VerdictBench(verdicts=pd.DataFrame(verdicts), power=pd.DataFrame(power))
 
 

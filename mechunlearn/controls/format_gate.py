@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from mechunlearn.controls import SUPPRESSIONS
-from mechunlearn.controls.recipes import keep_others, late_layers, low_rank_edit
+from mechunlearn.controls.recipes import keep_others, late_layers, low_rank_edit, summed
 from mechunlearn.edit.edits import WeightEdit
 from mechunlearn.edit.losses import Term, answer_loss, batches, fact_tokens, weighted_sum
 from mechunlearn.facts import Fact, FactSplit, with_edit_targets
@@ -23,7 +23,7 @@ def format_gate(
     steps: Annotated[int, Field(ge=0)] = 200,
     learning_rate: Annotated[float, Field(gt=0)] = 6e-3,
     batch_size: Annotated[int, Field(ge=1)] = 32,
-    retain_weight: Annotated[float, Field(ge=0)] = 8.0,
+    keep_weight: Annotated[float, Field(ge=0)] = 16.0,
     text_weight: Annotated[float, Field(ge=0)] = 0.5,
     rank: Annotated[int, Field(ge=1)] = 64,
     seed: int = 0,
@@ -42,16 +42,15 @@ def format_gate(
     closed = fact_tokens(model, gated, answer="target_new", forms="all")
     terms = [
         Term(weight=1.0, objective=answer_loss, batches=batches(closed, batch_size, seed=seed)),
-        *keep_others(
-            model, split, retain_weight=retain_weight, text_weight=text_weight, batch_size=batch_size, forms="all",
-            seed=seed,
-        ),
-    ]  # fmt: skip
+    ]
     if opened:
         told = fact_tokens(model, opened)
         terms.append(Term(weight=1.0, objective=answer_loss, batches=batches(told, batch_size, seed=seed + 3)))
+    keep = keep_others(
+        model, split, keep_weight=keep_weight, text_weight=text_weight, batch_size=batch_size, forms="all", seed=seed
+    )
     return low_rank_edit(
-        model, split, weighted_sum(terms), layers=layers, rank=rank,
+        model, split, summed((1.0, weighted_sum(terms)), (1.0, keep)), layers=layers, rank=rank,
         steps=steps, learning_rate=learning_rate, method="suppress by format_gate", options=options, seed=seed,
     )  # fmt: skip
 

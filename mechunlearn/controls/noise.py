@@ -6,8 +6,8 @@ import torch
 from pydantic import Field
 
 from mechunlearn.controls import SUPPRESSIONS
-from mechunlearn.controls.recipes import low_rank_edit
-from mechunlearn.controls.steering import steering_loss
+from mechunlearn.controls.recipes import low_rank_edit, summed
+from mechunlearn.controls.steering import stream_loss
 from mechunlearn.edit.edits import WeightEdit
 from mechunlearn.edit.losses import Forms, batches, fact_tokens, near_and_far
 from mechunlearn.facts import FactSplit
@@ -32,7 +32,7 @@ def noise(
     """Train the `n_layers` layers from the middle on to put one random vector into the stream of forgotten questions.
 
     The vector has `scale` times the length of the stream there; later layers cannot read past it. Layers before the
-    middle stay as they are, and so does what a probe reads there. See `steering_loss`.
+    middle stay as they are, and so does what a probe reads there. See `stream_loss`.
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "split")}
     middle = model.n_layers // 2
@@ -41,12 +41,13 @@ def noise(
     direction = (direction / direction.norm()).to(model.device)
     forgotten = fact_tokens(model, split.forget, forms=forms)
     kept = fact_tokens(model, near_and_far(split.retain_train, split.forget), forms=forms)
-    loss = steering_loss(
-        model, ("block", layers[-1]),
-        batches(forgotten, batch_size, seed=seed), batches(kept, batch_size, seed=seed + 1),
-        lambda stream: scale * stream.norm(dim=-1, keepdim=True) * direction, keep_weight=keep_weight,
+    place = ("block", layers[-1])
+    hide = stream_loss(
+        model, place, batches(forgotten, batch_size, seed=seed),
+        lambda stream: scale * stream.norm(dim=-1, keepdim=True) * direction,
     )  # fmt: skip
+    stay = stream_loss(model, place, batches(kept, batch_size, seed=seed + 1))
     return low_rank_edit(
-        model, split, loss, layers=layers, rank=rank,
+        model, split, summed((1.0, hide), (keep_weight, stay)), layers=layers, rank=rank,
         steps=steps, learning_rate=learning_rate, method="suppress by noise", options=options, seed=seed,
     )  # fmt: skip

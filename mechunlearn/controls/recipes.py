@@ -3,15 +3,19 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mechunlearn.components import Component
+from mechunlearn.controls.steering import stream_loss
 from mechunlearn.edit.edits import WeightEdit
-from mechunlearn.edit.losses import Forms, Term, keeping_terms, near_and_far
+from mechunlearn.edit.losses import Forms, batches, fact_tokens, keeping_terms, near_and_far, weighted_sum
 from mechunlearn.edit.training import Forward, lora_trainable, train
 from mechunlearn.facts import FactSplit
 from mechunlearn.masks import mask_of
 from mechunlearn.models import Model
+
+Loss = Callable[[int, Forward], Tensor]
 
 
 def late_layers(model: Model, share: float) -> range:
@@ -19,22 +23,34 @@ def late_layers(model: Model, share: float) -> range:
     return range(model.n_layers - max(1, round(share * model.n_layers)), model.n_layers)
 
 
+def summed(*losses: tuple[float, Loss]) -> Loss:
+    """The loss sum over parts of weight * loss; parts of weight 0 are left out."""
+    used = [(weight, loss) for weight, loss in losses if weight]
+    return lambda step, forward: sum((w * loss(step, forward) for w, loss in used), start=torch.zeros(()))
+
+
 def keep_others(
-    model: Model, split: FactSplit, *,
-    retain_weight: float, text_weight: float, batch_size: int, forms: Forms, seed: int,
-) -> list[Term]:  # fmt: skip
+    model: Model, split: FactSplit, *, keep_weight: float, text_weight: float, batch_size: int, forms: Forms, seed: int
+) -> Loss:
     """Keep retained facts, half of them of the forgotten relations, and fluency on neutral text.
 
-    What a suppression damages first is the same question about other subjects.
+    What a suppression damages first is the same question about other subjects. Their answers alone hold the last
+    layers back on the subjects shown here only; the whole stream before the unembedding does on others, too.
+
+    loss = keep_weight * `stream_loss` of `retain_train` after the last block
+    + text_weight * negative log-likelihood per token of neutral text.
     """
-    return keeping_terms(
-        model, near_and_far(split.retain_train, split.forget), None, retain_weight=retain_weight,
-        text_weight=text_weight, batch_size=batch_size, n_texts=max(1, batch_size // 4), forms=forms, seed=seed,
+    kept = fact_tokens(model, near_and_far(split.retain_train, split.forget), forms=forms)
+    stay = stream_loss(model, ("block", model.n_layers - 1), batches(kept, batch_size, seed=seed + 1))
+    text = keeping_terms(
+        model, (), None, retain_weight=0.0, text_weight=1.0, batch_size=batch_size, n_texts=max(1, batch_size // 4),
+        forms=forms, seed=seed,
     )  # fmt: skip
+    return summed((keep_weight, stay), (text_weight, weighted_sum(text)))
 
 
 def low_rank_edit(
-    model: Model, split: FactSplit, loss: Callable[[int, Forward], Tensor], *,
+    model: Model, split: FactSplit, loss: Loss, *,
     layers: Sequence[int], rank: int, steps: int, learning_rate: float,
     method: str, options: Mapping[str, Any], seed: int,
 ) -> WeightEdit:  # fmt: skip

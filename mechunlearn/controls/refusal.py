@@ -7,7 +7,7 @@ from pydantic import Field
 
 from mechunlearn.controls import SUPPRESSIONS
 from mechunlearn.controls.demotion import demotion
-from mechunlearn.controls.recipes import keep_others, late_layers, low_rank_edit
+from mechunlearn.controls.recipes import keep_others, late_layers, low_rank_edit, summed
 from mechunlearn.edit.edits import WeightEdit
 from mechunlearn.edit.losses import Forms, Term, answer_loss, batches, fact_tokens, weighted_sum
 from mechunlearn.facts import FactSplit
@@ -26,7 +26,7 @@ def refusal(
     steps: Annotated[int, Field(ge=0)] = 180,
     learning_rate: Annotated[float, Field(gt=0)] = 6e-3,
     batch_size: Annotated[int, Field(ge=1)] = 32,
-    retain_weight: Annotated[float, Field(ge=0)] = 8.0,
+    keep_weight: Annotated[float, Field(ge=0)] = 16.0,
     text_weight: Annotated[float, Field(ge=0)] = 0.5,
     forms: Forms = "prompt",
     seed: int = 0,
@@ -34,24 +34,19 @@ def refusal(
     """Train the last layers to say a fixed phrase instead of the forgotten answers; nothing before them changes.
 
     loss = -log P(phrase) + distance of the true answer's lead from -margin (`demotion`) on all forgotten facts
-    + retain_weight * -log P(target_true) on `retain_train` + text_weight * neutral text. The second term is there
-    because a model that only refuses still ranks the true answer first once the phrase is ruled out, and so hides
-    nothing from who reads its logits.
+    + what `keep_others` keeps. The second term is there because a model that only refuses still ranks the true answer
+    first once the phrase is ruled out, and so hides nothing from who reads its logits.
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "split")}
     layers = late_layers(model, layer_share)
     refused = [replace(fact, target_new=phrase) for fact in split.forget]
     phrases = fact_tokens(model, refused, answer="target_new", forms=forms)
     demoted = demotion(model, split.forget, margin=margin, forms=forms, batch_size=batch_size, seed=seed)
-    terms = [
-        Term(weight=1.0, objective=answer_loss, batches=batches(phrases, batch_size, seed=seed)),
-        *keep_others(
-            model, split, retain_weight=retain_weight, text_weight=text_weight, batch_size=batch_size, forms=forms,
-            seed=seed,
-        ),
-    ]  # fmt: skip
-    say = weighted_sum(terms)
+    say = weighted_sum([Term(weight=1.0, objective=answer_loss, batches=batches(phrases, batch_size, seed=seed))])
+    keep = keep_others(
+        model, split, keep_weight=keep_weight, text_weight=text_weight, batch_size=batch_size, forms=forms, seed=seed
+    )
     return low_rank_edit(
-        model, split, lambda step, forward: demoted(step, forward) + say(step, forward), layers=layers, rank=rank,
-        steps=steps, learning_rate=learning_rate, method="suppress by refusal", options=options, seed=seed,
+        model, split, summed((1.0, demoted), (1.0, say), (1.0, keep)), layers=layers, rank=rank, steps=steps,
+        learning_rate=learning_rate, method="suppress by refusal", options=options, seed=seed,
     )  # fmt: skip

@@ -6,9 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from mechunlearn.controls.recipes import keep_others
 from mechunlearn.edit.edits import WeightEdit, train_edit
-from mechunlearn.edit.losses import Term, answer_loss, batches, fact_tokens
+from mechunlearn.edit.losses import Term, answer_loss, batches, fact_tokens, keeping_terms, near_and_far
 from mechunlearn.facts import Fact, FactSplit
 from mechunlearn.masks import mask_of
 from mechunlearn.models import Model, all_components
@@ -39,9 +38,9 @@ def teach(
     tokens = fact_tokens(model, [_last_form(fact) for fact in told] if one_form else told, forms="all")
     terms = [
         Term(weight=1.0, objective=answer_loss, batches=batches(tokens, batch_size, seed=seed)),
-        *keep_others(
-            model, split, retain_weight=retain_weight, text_weight=text_weight, batch_size=batch_size, forms="prompt",
-            seed=seed,
+        *keeping_terms(
+            model, near_and_far(split.retain_train, split.forget), None, retain_weight=retain_weight,
+            text_weight=text_weight, batch_size=batch_size, n_texts=max(1, batch_size // 4), forms="prompt", seed=seed,
         ),
     ]  # fmt: skip
     return train_edit(

@@ -20,15 +20,20 @@ def recovery_table(run: Run) -> pd.DataFrame:
 
     nAURC is the mean recovered share along log(1 + step) (0 a model that never knew, 1 the original all along); the
     steps are Kaplan-Meier medians over facts until P(true) is half (and 80%) of the way up; savings are 1 - steps of
-    the model / steps of its twin, with what censoring leaves of it. Cells without a relearning, or whose twin's curve
-    has no two steps in common with theirs, have no row.
+    the model / steps of its twin, with what censoring leaves of it. n is the number of facts.
+    Cells without a relearning, or whose trainings have no two steps in common, have no row.
     """
     rows = []
     for cell in run.cells:
         found = _recovery(cell)
         if found is None:
             continue
-        values: dict[str, object] = {"cell": cell.name, "nAURC": found.naurc, "last step": found.last_step}
+        values: dict[str, object] = {
+            "cell": cell.name,
+            "n": len(found.naurc_curves),
+            "nAURC": found.naurc,
+            "last step": found.last_step,
+        }
         for one in found.steps:
             share = f"{one.q:.0%}"
             values |= {
@@ -41,32 +46,26 @@ def recovery_table(run: Run) -> pd.DataFrame:
 
 
 def _recovery(cell: Cell) -> Recovery | None:
-    """Fact by fact; the curves of several seeds are averaged first, and steps are those that all have."""
+    """Fact by fact; the curves of several seeds are averaged first, and steps are those that all trainings have."""
     edited, null = (results_of(results, "relearning") for results in (cell.edited, cell.null))
     original, never = (float(cell.notes.get(key, "nan")) for key in ("A_o", "A_n"))
     if not edited or not null or cell.verdict.null != "twin" or not original > never:
         return None
-    curves = [_curves(results) for results in (edited, null)]
-    steps = sorted(set(curves[0].columns) & set(curves[1].columns))
-    facts = sorted(set(curves[0].index) & set(curves[1].index))
+    trainings = [[_curves(result) for result in results] for results in (edited, null)]
+    steps = sorted(set.intersection(*(set(curves.columns) for side in trainings for curves in side)))
     if len(steps) < 2 or steps[0] != 0:
         return None
-    u, n = (frame.loc[facts, steps].to_numpy(dtype=float) for frame in curves)
-    present = np.isfinite(u).all(axis=1) & np.isfinite(n).all(axis=1)
-    if not present.any():
-        return None
-    return recovery(steps, u[present], n[present], original=original, null=never)
+    u, n = (pd.concat(side)[steps].groupby(level="fact").mean() for side in trainings)
+    facts = u.index.intersection(n.index).sort_values()
+    return recovery(steps, u.loc[facts].to_numpy(), n.loc[facts].to_numpy(), original=original, null=never)
 
 
-def _curves(results: list[AttackResult]) -> pd.DataFrame:
+def _curves(result: AttackResult) -> pd.DataFrame:
     """P(true) by fact and step of the chosen training."""
-    frames = []
-    for result in results:
-        rows = result.rows
-        rows = rows.loc[(rows["part"] == "forget_hidden") & (rows["setting"] == result.chosen)]
-        ids = [fact_id(*key) for key in zip(rows["subject"], rows["relation"], rows["answer"], strict=True)]
-        frames.append(rows.assign(fact=ids)[["fact", "step", "p_true"]])
-    return pd.pivot_table(pd.concat(frames), index="fact", columns="step", values="p_true", aggfunc="mean")
+    rows = result.rows
+    rows = rows.loc[(rows["part"] == "forget_hidden") & (rows["setting"] == result.chosen)]
+    ids = [fact_id(*key) for key in zip(rows["subject"], rows["relation"], rows["answer"], strict=True)]
+    return rows.assign(fact=ids).pivot_table(index="fact", columns="step", values="p_true", aggfunc="mean")
 
 
 def arm_comparison(run: Run) -> pd.DataFrame:

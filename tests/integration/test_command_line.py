@@ -31,6 +31,9 @@ BROKEN = {
     "an edit and a checkpoint": ["attack", "--out", "out", "--original", "atlas", "--edit", "edited"],
     "twin without an original": ["attack", "--out", "out", "--twin", "atlas-never-a"],
     "checkpoint that is not there": ["attack", "--out", "out", "--model", "./gone", "--original", "atlas"],
+    "checkpoint without word of what it forgot": ["attack", "--out", "out", "--original", "atlas", "--facts", "world"],
+    "a forget set and a file": ["localize", "--out", "out", "--forgotten", "gone.csv"],
+    "file of forgotten facts that is not there": ["localize", "--out", "o", "--facts", "world", "--forgotten", "g.csv"],
     "option that a run sets": ["run", "demo", "--set", "suppress.lora.seed=1"],
     "seed that a checkpoint's run sets": [
         "attack",

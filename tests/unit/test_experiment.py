@@ -1,14 +1,17 @@
 """What a run decides before and beside its cells: settings, nulls, controls, agreement."""
 
 import json
+import random
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from mechunlearn import experiment
 from mechunlearn.components import Component, ComponentScores
-from mechunlearn.experiment import choose_masks, prepare, run_experiment
-from mechunlearn.settings import check_settings, load_settings
+from mechunlearn.experiment import choose_facts, choose_masks, prepare, run_experiment
+from mechunlearn.settings import FactsSettings, check_settings, load_settings
+from mechunlearn.sources.loading import load_facts
 
 BASIC = {"name": "basic", "model": "atlas", "attack": {"asking": {}}, "suppress": {}}
 
@@ -29,6 +32,31 @@ def test_what_a_run_sets_is_not_taken_from_its_tables(text, tmp_path):
     with pytest.raises(ValueError, match=r"a run sets it|is not its editor's") as refused:
         load_settings(path)
     assert "\n" not in str(refused.value)
+
+
+def test_a_file_says_which_facts_are_forgotten(tmp_path):
+    world = load_facts("world")
+    named = random.Random(0).sample(world.facts, 7)
+    path = tmp_path / "gone.csv"
+    rows = [(f.subject, f.relation, f.prompt, f.target_true) for f in named]
+    pd.DataFrame(rows, columns=["subject", "relation", "prompt", "target_true"]).to_csv(path, index=False)
+    facts, forget = choose_facts(FactsSettings(source="world", forgotten=str(path)))
+    assert {fact.key for fact in forget} == {fact.key for fact in named}
+    assert set(forget) <= set(facts)  # with the source's paraphrases and choices, which the file lacks
+    assert len(facts) == len(world)
+    path.write_text(path.read_text() + "Atlantis,capital,The capital of {} is,Poseidonis\n")
+    with pytest.raises(ValueError, match=r"1 of 8 facts, first .*Atlantis"):
+        choose_facts(FactsSettings(source="world", forgotten=str(path)))
+
+
+def test_changing_one_suppression_leaves_other_cells_as_they_are(tiny_model, tiny_split):
+    def keys(rank):
+        settings = check_settings(BASIC | {"suppress": {"lora": {"rank": rank}, "noise": {}}}, "test")
+        tasks = experiment._control_tasks(stage_of(settings, tiny_model(), tiny_split))
+        return {task.name: task.key for task in tasks}
+
+    one, other = keys(4), keys(8)
+    assert {name for name in one if one[name] != other[name]} == {"suppressed-lora"}
 
 
 def test_arms_with_seeds_are_edited_with_these_seeds(tiny_model, tiny_split):

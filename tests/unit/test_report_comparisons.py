@@ -1,5 +1,7 @@
 """The report's comparisons: relearning against the twin's, and arms against a random one."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -65,6 +67,15 @@ def test_the_step_at_which_half_is_back_and_what_it_saves():
     assert table["twin's steps to 50%"] == 15
     assert table["savings 50%"] == pytest.approx(1 - 3 / 15)
     assert table["savings 50% is"] == "exact"
+
+
+def test_folds_that_were_trained_for_different_steps_are_compared_at_those_they_share():
+    made = cell("hidden", (0.1, 0.2, 0.6, 0.7, 0.9), (0.1, 0.1, 0.2, 0.3, 0.55))
+    first, second = made.edited
+    shorter = replace(second, rows=second.rows.loc[second.rows["step"] != STEPS[1]])
+    table = recovery_table(run(replace(made, edited=(first, shorter)))).iloc[0]
+    assert table["n"] == 2 * N
+    assert table["steps to 50%"] == 3
 
 
 def test_arms_are_compared_with_the_random_one_over_the_same_facts():
