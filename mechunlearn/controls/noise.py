@@ -20,7 +20,7 @@ def noise(
     split: FactSplit,
     *,
     n_layers: Annotated[int, Field(ge=1)] = 2,
-    scale: Annotated[float, Field(gt=0)] = 4.0,
+    scale: Annotated[float, Field(gt=0)] = 8.0,
     steps: Annotated[int, Field(ge=0)] = 200,
     learning_rate: Annotated[float, Field(gt=0)] = 6e-3,
     batch_size: Annotated[int, Field(ge=1)] = 48,
