@@ -27,9 +27,10 @@ class Acceptance:
     """One-sided exact binomial test of direct accuracy above chance."""
     retained_before: float
     retained_after: float
-    probe_before: float
-    """Of a probe halfway through the layers, trained on retained facts, read on the forgotten ones."""
-    probe_after: float
+    probe_before: float | None
+    """Of a probe halfway through the layers, trained on retained facts, read on the forgotten ones; None where the
+    retained facts have fewer than two answers to train on, and nothing can be said."""
+    probe_after: float | None
 
     @property
     def reason(self) -> str:
@@ -39,8 +40,9 @@ class Acceptance:
             missing.append(f"still answers {self.direct_accuracy:.0%} directly (chance {self.chance:.0%})")
         if self.retained_after < LEAST_RETAINED * self.retained_before:
             missing.append(f"retained facts fell from {self.retained_before:.0%} to {self.retained_after:.0%}")
-        if self.probe_after < self.probe_before - MOST_PROBE_DROP:
-            missing.append(f"the probe fell from {self.probe_before:.0%} to {self.probe_after:.0%}")
+        before, after = self.probe_before, self.probe_after
+        if before is not None and after is not None and after < before - MOST_PROBE_DROP:
+            missing.append(f"the probe fell from {before:.0%} to {after:.0%}")
         return ", ".join(missing)
 
     @property
@@ -79,7 +81,7 @@ class _State:
     direct: float
     chance: float
     retained: float
-    probe: float
+    probe: float | None
 
 
 def _state(
@@ -95,7 +97,7 @@ def _state(
     )
 
 
-def _probe_accuracy(model: Model, facts: Sequence[Fact], training: Sequence[Fact], layer: int) -> float:
+def _probe_accuracy(model: Model, facts: Sequence[Fact], training: Sequence[Fact], layer: int) -> float | None:
     """Of a probe after `layer` blocks at the subject's last token, averaged over the facts it can be trained for."""
     hits: list[bool] = []
     for relation in sorted({fact.relation for fact in facts}):
@@ -107,4 +109,4 @@ def _probe_accuracy(model: Model, facts: Sequence[Fact], training: Sequence[Fact
               for name, part in (("known", known), ("asked", asked))}  # fmt: skip
         probe = fit_probe(at["known"], [fact.target_true for fact in known], max_steps=100)
         hits += [a == fact.target_true for a, fact in zip(probe.predict(at["asked"]), asked, strict=True)]
-    return float(np.mean(hits)) if hits else 0.0
+    return float(np.mean(hits)) if hits else None

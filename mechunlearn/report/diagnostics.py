@@ -45,7 +45,7 @@ def power_shown(run: Run) -> pd.DataFrame:
             "kind": control.get("kind", cell.name), "cell": cell.name, "accepted": accepted,
             "reason": reason or ("" if accepted else "refused under another seed"),
         }  # fmt: skip
-        values |= {key: acceptance.get(key, math.nan) for key in ACCEPTANCE}
+        values |= {key: math.nan if acceptance.get(key) is None else acceptance[key] for key in ACCEPTANCE}
         found = {row.name: row for row in cell.verdict.rows}
         for name in attacks:
             row = found.get(name)

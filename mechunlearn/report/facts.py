@@ -22,8 +22,9 @@ READ = "activations"
 def fact_table(run: Run) -> pd.DataFrame:
     """One row a (cell, fact, state, form): what the model says there of a hidden fact.
 
-    States: "original" (the cell of that role, asked before anything), "asked" (this cell's model as it is), then
-    the name of every other attack (after it). Forms: those of asking, and "activations" for what an attack reads off.
+    States: "original" (the cell of that role, asked before anything; answers injected later are candidates there),
+    "asked" (this cell's model as it is), then the name of every other attack (after it). Forms: those of asking, and
+    "activations" for what an attack reads off.
     p_true is the mean P(true | candidates) over `seeds` seeds, correct the share of them in which the true answer
     ranks first, top the best candidate in most of them ("" if unknown). After `asking`, multiple choice is on the
     scale of the fact's own candidates and may be below 0, see there.

@@ -19,7 +19,7 @@
   }
 
   function heading(state) {
-    return { original: "original model, asked", asked: "this model, asked" }[state.name] || `after ${state.name}`;
+    return { original: "original model, asked (injected answers among the candidates)", asked: "this model, asked" }[state.name] || `after ${state.name}`;
   }
 
   // What a state says of a fact in its form number i; null if it was not asked so.
