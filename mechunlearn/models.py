@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Bool
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Model", "NotSupported", "all_components", "attention", "attention_write", "block", "component_parameters",
     "embedding", "final_norm", "first_output", "head_input", "is_transposed", "mlp", "mlp_neurons", "mlp_write",
-    "unembedding", "weight_matrices", "with_first_output", "wrap_model",
+    "projection", "projection_columns", "unembedding", "weight_matrices", "with_first_output", "wrap_model",
 ]  # fmt: skip
 
 
@@ -157,6 +157,26 @@ def attention_write(model: Model, layer: int) -> nn.Module:
 def head_input(model: Model, layer: int) -> nn.Module:
     """The output projection of attention; its input is z of all heads, [batch pos n_heads*d_head]."""
     return block(model, layer).get_submodule(model.architecture.output)
+
+
+def projection(model: Model, layer: int, part: Literal["query", "key", "value"]) -> nn.Module:
+    """The projection that makes queries, keys or values; where they are fused, the same module for all three."""
+    return block(model, layer).get_submodule(getattr(model.architecture, part))
+
+
+def projection_columns(model: Model, part: Literal["query", "key", "value"], head: int) -> slice:
+    """Where a head is in the output of its projection; keys and values count key-value heads."""
+    n = model.n_heads if part == "query" else model.n_kv_heads
+    if not 0 <= head < n:
+        raise ValueError(f"{part} head: got {head}, allowed: 0 to {n - 1}")
+    third = ("query", "key", "value").index(part)
+    layouts = {
+        "separate": head,
+        "fused_blocks": third * model.n_heads + head,
+        "fused_interleaved": 3 * head + third,
+    }
+    start = layouts[model.architecture.layout] * model.d_head
+    return slice(start, start + model.d_head)
 
 
 def mlp_neurons(model: Model, layer: int) -> nn.Module:

@@ -18,7 +18,8 @@ from mechunlearn.metrics import score_facts
 from mechunlearn.settings import load_settings, preset_names
 from mechunlearn.sources import SOURCES
 
-LOCALIZER_OPTIONS = {"fact_lookup_probe": {"folds": 2, "draws": 1}}
+LOCALIZER_OPTIONS = {"fact_lookup_probe": {"folds": 2, "draws": 1}, "fact_lookup_paths": {"fdr": 1.0}}
+NEEDS_SEVERAL_FACTS = ("fact_lookup_probe", "fact_lookup_paths")
 ATTACK_OPTIONS = {
     "relearning": {
         "steps": 2, "eval_every": 1, "learning_rates": (1e-3,), "batch_size": 4, "max_health_facts": 8,
@@ -91,15 +92,16 @@ def test_a_localizer_does_not_depend_on_the_order_of_the_facts(name, tiny_model,
     np.testing.assert_allclose(forward, backward, atol=0.12 if "probe" in name else 1e-4)
 
 
-@pytest.mark.parametrize("name", [n for n in LOCALIZERS.names() if n != "fact_lookup_probe"])
+@pytest.mark.parametrize("name", [n for n in LOCALIZERS.names() if n not in NEEDS_SEVERAL_FACTS])
 def test_one_fact_suffices_for_a_localizer(name, tiny_model, tiny_split):
     scores = LOCALIZERS.get(name).function(tiny_model(), tiny_split.forget[:1])
     assert scores.n_facts == 1
 
 
-def test_the_probe_says_in_one_line_that_one_fact_is_too_few(tiny_model, tiny_split):
-    with pytest.raises(ValueError, match="fact_lookup_probe") as error:
-        LOCALIZERS.get("fact_lookup_probe").function(tiny_model(), tiny_split.forget[:1])
+@pytest.mark.parametrize("name", NEEDS_SEVERAL_FACTS)
+def test_a_localizer_that_needs_several_facts_says_so_in_one_line(name, tiny_model, tiny_split):
+    with pytest.raises(ValueError, match=name) as error:
+        LOCALIZERS.get(name).function(tiny_model(), tiny_split.forget[:1])
     assert "\n" not in str(error.value)
 
 
