@@ -3,7 +3,7 @@
 A *cell* is a place (MLP, attention, head or block, or a window of layers) at some tokens of every pair of a batch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 from mechunlearn.activations import Change, Place
 from mechunlearn.components import Component
 from mechunlearn.localize.pairs import PairBatch
-from mechunlearn.localize.restart import Run, read_out, record, restart
-from mechunlearn.models import Model
+from mechunlearn.localize.restart import Run, after_attention, read_out, record, restart
+from mechunlearn.models import Model, attention_write, head_input
 
 Measure = Callable[[Float[Tensor, "row d_vocab"], Int[Tensor, " row"]], Float[Tensor, " row"]]
 """Logits and the pairs of the batch that they are of -> one number each."""
@@ -52,8 +52,9 @@ def exchange(
         restore: put clean values into the corrupt run (denoising), or else corrupt values into the clean run (noising).
         embed: changes the corrupt run's embeddings.
     """
-    clean = record(model, batch.clean, places)
-    corrupt = record(model, batch.corrupt, places, embed=embed)
+    sublayers: list[Place] = [("attention", layer) for kind, layer in places if kind == "head"]
+    clean = record(model, batch.clean, [*places, *sublayers])
+    corrupt = record(model, batch.corrupt, [*places, *sublayers], embed=embed)
     run, donor = (corrupt, clean) if restore else (clean, corrupt)
     positions, origin = batch.clean_positions, batch.corrupt_positions
     if restore:
@@ -79,7 +80,7 @@ def cell_effects(
 ) -> Float[Tensor, "cell batch"]:
     """What each cell does to the metric, exactly: every cell changes the same place or places at tokens of its own.
 
-    Cells are sorted by their first changed token and cut into batches, each of which restarts after the first place and
+    Cells are sorted by their first changed token and cut into batches, each of which restarts above the first place and
     runs only from its first changed token on. What cannot reach the last token (the last block elsewhere) is not run.
 
     Sign and units: the metric's. Positive: the fact's own values support the true answer.
@@ -89,34 +90,70 @@ def cell_effects(
         columns: which columns of the place a cell changes (heads); all, if not given.
         batch_size: changed runs at once.
     """
-    run, (kind, layer) = given.run, places[0]
+    run, (_, layer) = given.run, places[0]
     last = run.tokens.last
     effects = torch.zeros(changed.shape[:2], dtype=run.logits.dtype, device=run.logits.device)
-    every = torch.arange(len(last), device=last.device)
-    before = measure(run.logits, every)
+    before = measure(run.logits, torch.arange(len(last), device=last.device))
     if layer == model.n_layers - 1:
         changed = changed & (torch.arange(changed.shape[2], device=last.device) == last[:, None])
     cell, row = changed.any(dim=2).nonzero(as_tuple=True)
     first = changed.int().argmax(dim=2)[cell, row]
-    for chosen in first.argsort(stable=True).split(batch_size):
-        c, r = cell[chosen], row[chosen]
-        prefix, stop = int(first[chosen[0]]), int(last[r].max()) + 1
-        mask = changed[c, r, prefix:stop, None]
-        mask = mask if columns is None else mask & columns[c][:, None]
-        swaps = {place: _swap(mask, given.values[place][r, prefix:stop]) for place in places}
-        if kind in ("mlp", "block"):  # its write is only added to the stream, so its own block need not run
-            stream = run.stream(layer + 1)[r, prefix:stop]
-            own = run.activations[places[0]][r, prefix:stop]
-            stream = stream + (swaps.pop(places[0])(own) - own)
-            start = layer + 1
-        else:
-            stream, start = run.stream(layer)[r, prefix:stop], layer
-        if start == model.n_layers:
+    order = first.argsort(stable=True)
+    cell, row = cell[order], row[order]
+    for start, end, prefix in _cuts(first[order].tolist(), (last[row] + 1).tolist(), batch_size):
+        c, r = cell[start:end], row[start:end]
+        stop = int(last[r].max()) + 1
+        item, token = changed[c, r].nonzero(as_tuple=True)
+        picked = None if columns is None else columns[c[item]]
+        stream = run.stream(layer + 1)[r, prefix:stop].clone()
+        stream[item, token - prefix] = _stream_after(model, given, places[0], r[item], token, picked)
+        if layer == model.n_layers - 1:
             logits = read_out(model, run, stream[torch.arange(len(r), device=r.device), last[r] - prefix])
         else:
-            logits = restart(model, run, r, start, stream, prefix=prefix, change=swaps)
+            mask = changed[c, r, prefix:stop, None]
+            above = {place: _swap(mask, given.values[place][r, prefix:stop]) for place in places[1:]}
+            logits = restart(model, run, r, layer + 1, stream, prefix=prefix, change=above)
         effects[c, r] = measure(logits, r) - before[r]
     return given.sign * effects
+
+
+def _cuts(first: Sequence[int], end: Sequence[int], size: int) -> Iterator[tuple[int, int, int]]:
+    """(from, to, first token run) of batches of cells sorted by their first changed token.
+
+    A batch is closed when a tenth of the tokens it runs are before their cells' first changed token.
+    """
+    start = wasted = run = 0
+    for i, (token, stop) in enumerate(zip(first, end, strict=True)):
+        wasted, run = wasted + token - first[start], run + stop - first[start]
+        if i - start == size or wasted > 0.1 * run:
+            yield start, i, first[start]
+            start, wasted, run = i, 0, stop - token
+    if start < len(first):
+        yield start, len(first), first[start]
+
+
+def _stream_after(
+    model: Model, given: Exchange, place: Place, row: Tensor, token: Tensor, columns: Tensor | None
+) -> Float[Tensor, "token d_model"]:
+    """The stream after the place's block at some tokens, with the values put in there: no other token takes part."""
+    run, (kind, layer) = given.run, place
+    own, new = run.activations[place][row, token], given.values[place][row, token]
+    write = written(model, place, new if columns is None else torch.where(columns, new, own), own)
+    if kind in ("mlp", "block"):
+        return run.stream(layer + 1)[row, token] + write
+    write = run.activations["attention", layer][row, token] + write
+    return after_attention(model, layer, run.stream(layer)[row, token], write)
+
+
+def written(model: Model, place: Place, new: Tensor, own: Tensor) -> Float[Tensor, "*rows d_model"]:
+    """The difference that a place's new values make to what its sublayer, or block, adds to the stream."""
+    kind, layer = place
+    if kind != "head":
+        return new - own
+    new, own = head_input(model, layer)(new), head_input(model, layer)(own)
+    if model.architecture.attention_write != model.architecture.attention:  # Gemma: a norm after the projection
+        new, own = attention_write(model, layer)(new), attention_write(model, layer)(own)
+    return new - own
 
 
 def _swap(mask: Tensor, values: Tensor) -> Change:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from mechunlearn.activations import Change, Place, hooked
 from mechunlearn.components import Component
-from mechunlearn.localize.patching import Exchange, Measure, head_columns, place_of
+from mechunlearn.localize.patching import Exchange, Measure, head_columns, place_of, written
 from mechunlearn.localize.restart import read_out, restart, skipped
-from mechunlearn.models import Model, attention_write, head_input, projection, projection_columns
+from mechunlearn.models import Model, projection, projection_columns
 
 Changed = Bool[Tensor, "batch pos"]
 Write = Float[Tensor, "batch pos d_model"]
@@ -95,7 +95,7 @@ def direct_effects(
         own = run.activations[place][rows, last]
         mask = changed[rows, last][:, None]
         mask = mask & head_columns(model, [component.index]) if component.kind == "head" else mask
-        write = _written(model, place, torch.where(mask, given.values[place][rows, last], own), own)
+        write = written(model, place, torch.where(mask, given.values[place][rows, last], own), own)
         effects.append(measure(read_out(model, run, final + write), rows) - before)
     return given.sign * torch.stack(effects)
 
@@ -111,7 +111,7 @@ def sender_writes(model: Model, given: Exchange, senders: Sequence[Component], c
         own, sublayer = given.run.activations[place], _sublayer(place)
         if sublayer in writes:
             raise ValueError(f"path patching: got attention {place[1]} and heads of it as senders, allowed: either")
-        writes[sublayer] = _written(model, place, torch.where(mask, given.values[place], own), own)
+        writes[sublayer] = written(model, place, torch.where(mask, given.values[place], own), own)
     return writes
 
 
@@ -130,17 +130,6 @@ def _masks(
 
 def _sublayer(place: Place) -> Place:
     return ("attention" if place[0] == "head" else place[0]), place[1]
-
-
-def _written(model: Model, place: Place, new: Tensor, own: Tensor) -> Float[Tensor, "*rows d_model"]:
-    """The difference that a place's new values make to what its sublayer adds to the stream."""
-    kind, layer = place
-    if kind != "head":
-        return new - own
-    new, own = head_input(model, layer)(new), head_input(model, layer)(own)
-    if model.architecture.attention_write != model.architecture.attention:  # Gemma: a norm after the projection
-        new, own = attention_write(model, layer)(new), attention_write(model, layer)(own)
-    return new - own
 
 
 def _received(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mechunlearn.activations import Change, Place, Tokens, exact, hooked
-from mechunlearn.models import Model, block, unembedding
+from mechunlearn.models import Model, attention, block, first_output, mlp, unembedding
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,13 +75,18 @@ def restart(
 
     Args:
         stream: from token `prefix` on, as far as the longest of the rows; the tokens before are the run's own.
-        change: further changes, in blocks from `layer` on; they see the tokens from `prefix` on.
+        change: further changes, in blocks from `layer` on; they see the tokens from `prefix` on. Without one in the
+            last block, its MLP is run at the last token alone.
     """
     ids = run.tokens.ids[rows, prefix : prefix + stream.shape[1]]
-    past = _past(run, rows, prefix, layer) if prefix else None
+    last, past = run.tokens.last[rows] - prefix, _past(run, rows, prefix, layer) if prefix else None
     entry: dict[Place, Change] = {("stream", 0): lambda _: stream} if layer == 0 else {}
-    with skipped(model, run, range(layer), stream), hooked(model, change=entry | dict(change or {})):
-        return _last_logits(model, ids, run.tokens.last[rows] - prefix, past)
+    change = entry | dict(change or {})
+    with skipped(model, run, range(layer), stream), ExitStack() as narrow:
+        if all(at < model.n_layers - 1 for _, at in change):
+            narrow.enter_context(_last_mlp_at(model, last, stream.shape[1]))
+        with hooked(model, change=change):
+            return _last_logits(model, ids, last, past)
 
 
 def read_out(model: Model, run: Run, stream: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
@@ -91,15 +96,32 @@ def read_out(model: Model, run: Run, stream: Float[Tensor, "row d_model"]) -> Fl
         return _last_logits(model, ids, torch.zeros_like(ids[:, 0]), None)
 
 
+def after_attention(
+    model: Model, layer: int, stream: Float[Tensor, "token d_model"], write: Float[Tensor, "token d_model"]
+) -> Float[Tensor, "token d_model"]:
+    """What a block makes of tokens if its attention wrote this: without attention, each token is on its own."""
+    constant: Change = lambda _: write[:, None]  # noqa: E731
+    with (
+        _returning([attention(model, layer)], (write[:, None], None)),
+        hooked(model, change={("attention", layer): constant}),  # after the norm that Gemma has there
+    ):
+        return first_output(block(model, layer)(stream[:, None]))[:, 0]
+
+
 @contextmanager
 def skipped(model: Model, run: Run, layers: Sequence[int], stream: Tensor) -> Iterator[None]:
     """Inside, these blocks run nothing and return `stream`."""
+    with _returning([block(model, layer) for layer in layers], (stream,) if run.wraps else stream):
+        yield
 
+
+@contextmanager
+def _returning(modules: Sequence[nn.Module], output: Any) -> Iterator[None]:
     def forward(*_inputs: Any, **_named: Any) -> Any:
-        return (stream,) if run.wraps else stream
+        return output
 
     with ExitStack() as restored:
-        for module in (block(model, layer) for layer in layers):
+        for module in modules:
             own = module.__dict__.get("forward")  # accelerate puts one here
             restored.callback(_restore_forward, module, own)
             module.forward = forward
@@ -110,6 +132,23 @@ def _restore_forward(module: nn.Module, own: Any) -> None:
     del module.__dict__["forward"]
     if own is not None:
         module.forward = own
+
+
+@contextmanager
+def _last_mlp_at(model: Model, last: Int[Tensor, " row"], width: int) -> Iterator[None]:
+    """Inside, the last MLP is run at these tokens alone; what it then writes elsewhere, nothing reads."""
+    rows, module = torch.arange(len(last), device=last.device), mlp(model, model.n_layers - 1)
+
+    def gather(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0][rows, last][:, None], *inputs[1:])
+
+    def spread(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return output.expand(-1, width, -1)
+
+    with ExitStack() as handles:
+        handles.callback(module.register_forward_pre_hook(gather).remove)
+        handles.callback(module.register_forward_hook(spread).remove)
+        yield
 
 
 def _past(run: Run, rows: Tensor, prefix: int, layer: int) -> DynamicCache:
