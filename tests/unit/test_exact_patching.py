@@ -17,6 +17,7 @@ from mechunlearn.localize.bands import Band, ablate_bands
 from mechunlearn.localize.causal_tracing import causal_tracing, subject_embedding_std
 from mechunlearn.localize.pairs import PairBatch, build_pairs, to_batch
 from mechunlearn.localize.patching import cell_effects, component_effects, exchange, place_of, window_of
+from mechunlearn.localize.patching_map import patching_map
 from mechunlearn.localize.resample_ablation import resample_ablation
 from mechunlearn.localize.restart import Run, skipped
 from mechunlearn.localize.scoring import at_roles, clean_roles, measure_of, whole
@@ -230,6 +231,19 @@ def test_resample_ablation_is_activation_patching_with_the_donors_values(tiny_mo
     lost = ablate_bands(model, facts, [Band(first=1, last=1)], **options)
     drop = (lost["clean"].astype(int) - lost["correct"]).groupby(lost["fact"]).mean()
     np.testing.assert_allclose(ablated.at("subject").per_fact[:, 1, 0], drop)
+
+
+def test_a_patching_map_is_the_share_that_each_token_restores(tiny_model: MakeModel, facts) -> None:
+    model = tiny_model("qwen3")
+    found = patching_map(model, facts[0], facts[1:])
+    pair = next(pair for pair in build_pairs(model, facts) if pair.fact == 0)
+    batch = to_batch(model, [pair])
+    selected = torch.eye(len(pair.aligned), dtype=torch.bool)[:, None]
+    with untouched(model), torch.no_grad():
+        expected = naive(model, batch, [("attention", 1)], selected, restore=True)[:, 0] / (found.clean - found.corrupt)
+    row = found.values[found.components.index(Component("attention", 1))]
+    np.testing.assert_allclose(row[[c for c, _, _ in pair.aligned]], expected.numpy(), atol=1e-4)
+    assert found.clean == pytest.approx(float(batch.logit_diff(last_logits(model, batch.clean))), abs=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "gpt_neox"])

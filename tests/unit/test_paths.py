@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechunlearn.activations import exact, hooked, last_logits, untouched
+from mechunlearn.activations import Tokens, exact, hooked, last_logits, untouched
 from mechunlearn.components import Component
 from mechunlearn.facts import Fact, FactSet
 from mechunlearn.localize.activation_patching import activation_patching
@@ -21,6 +21,7 @@ from mechunlearn.models import (
     all_components,
     final_norm,
     head_input,
+    mlp,
     projection,
     projection_columns,
     unembedding,
@@ -178,6 +179,40 @@ def test_one_by_one_direct_effects_are_those_of_the_engine(any_model: Model, fac
         torch.testing.assert_close(mine, one, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+def test_a_projections_columns_are_those_of_the_head(part, any_model: Model) -> None:
+    """Without values a head writes nothing; without queries or keys it attends to all its past alike."""
+    model, ids = any_model, torch.tensor([[0, 20, 31, 42, 53, 64]])
+    tokens = Tokens(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool), last=torch.tensor([5]))
+    head = 1
+    values: list[torch.Tensor] = []
+
+    def silence(_module, _inputs, output):
+        output = output.clone()
+        output[..., projection_columns(model, part, head)] = 0
+        return output
+
+    with untouched(model), torch.no_grad():
+        with hooked(model, record=[("head", 1)]) as before:
+            last_logits(model, tokens)
+        handles = [projection(model, 1, part).register_forward_hook(silence)]
+        handles.append(projection(model, 1, "value").register_forward_hook(lambda _m, _i, out: values.append(out)))
+        with hooked(model, record=[("head", 1)]) as after:
+            last_logits(model, tokens)
+        for handle in handles:
+            handle.remove()
+    group = model.n_heads // model.n_kv_heads
+    silenced = [head] if part == "query" else list(range(head * group, (head + 1) * group))
+    z, own = (seen["head", 1][0, -1].unflatten(-1, (model.n_heads, -1)) for seen in (after, before))
+    for h in range(model.n_heads):
+        v = values[0][0, :, projection_columns(model, "value", h // group)]
+        expected = own[h] if h not in silenced else v.mean(dim=0)
+        torch.testing.assert_close(z[h], expected, atol=1e-5, rtol=1e-4)
+        assert part == "value" or h not in silenced or not torch.allclose(z[h], own[h], atol=1e-4)
+    with pytest.raises(ValueError, match=f"{part} head: got 9, allowed: 0 to"):
+        projection_columns(model, part, 9)
+
+
 def test_bad_senders_and_receivers_are_one_line(tiny_model: MakeModel, facts) -> None:
     model = tiny_model()
     batch = to_batch(model, build_pairs(model, facts))
@@ -272,3 +307,22 @@ def test_the_scores_are_the_literal_path_effects_into_the_reported_receivers(
         with untouched(model), torch.no_grad():
             expected = exact(literal(model, batch, [Component("mlp", layer)], above, ("subject",)))
         np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+
+
+def test_a_planted_mlp_is_ranked_first_though_another_moves_the_answer_more(
+    tiny_model: MakeModel, tiny_facts: FactSet
+) -> None:
+    """MLP 0 is on every path, so plain patching puts it first; only MLP 1 was trained and writes what heads extract."""
+    model, facts = tiny_model("llama", n_layers=4), tiny_facts.of("colour").facts[:16]
+    batch = to_batch(model, build_pairs(model, facts))
+    for parameter in model.hf.parameters():
+        parameter.requires_grad_(False)
+    optimizer = torch.optim.Adam([p.requires_grad_(True) for p in mlp(model, 1).parameters()], lr=1e-2)
+    for _ in range(120):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(last_logits(model, batch.clean), batch.answer).backward()
+        optimizer.step()
+    scores = fact_lookup_paths(model, facts, pairs_per_fact=2)
+    assert scores.ranking()[0] == MLP1
+    assert min(scores.notes["receiver_layers"]) > 1
+    assert activation_patching(model, facts, kinds=("mlp",), roles=("subject",)).ranking()[0] == MLP0
