@@ -72,7 +72,7 @@ def activation_patching(
     pairs = build_pairs(model, facts, pairs_per_fact=pairs_per_fact, seed=seed)
     described = describe_pairs(pairs)
     if form == "resample":
-        pairs = _resampled(pairs, facts, seed)
+        pairs = resampled(pairs, facts, seed)
     elif form in ("zero", "mean"):
         pairs = tuple(map(whole, pairs))
     components = all_components(model, kinds)
@@ -115,7 +115,7 @@ def activation_patching(
     )
 
 
-def _resampled(pairs: Sequence[Pair], facts: Sequence[Fact], seed: int) -> tuple[Pair, ...]:
+def resampled(pairs: Sequence[Pair], facts: Sequence[Fact], seed: int) -> tuple[Pair, ...]:
     """Every pair with another fact's clean prompt as its corrupt run; which does not depend on the facts' order."""
     prompts = {facts[pair.fact].key: pair for pair in pairs}
     given: dict[int, random.Random] = {}

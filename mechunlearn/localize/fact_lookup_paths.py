@@ -1,7 +1,7 @@
 """Fact lookup by paths: the MLPs whose output at the subject is what extraction heads carry to the answer."""
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -127,7 +127,7 @@ def extraction_heads(
     means = direct.mean(axis=0)
     spread = direct.std(axis=0) > 0  # without it there is no p value; such heads, mostly at 0, are not chosen
     p = np.ones(len(heads))
-    p[spread] = ttest_1samp(direct[:, spread], 0, alternative="greater").pvalue
+    p[spread] = cast(Any, ttest_1samp(direct[:, spread], 0, alternative="greater")).pvalue  # scipy types it too loosely
     adjusted = false_discovery_control(p, method="bh")
     passed = [int(i) for i in np.argsort(-means, kind="stable") if adjusted[i] <= fdr]
     if not passed:

@@ -161,8 +161,9 @@ def _received(
         others = [layer for layer in range(model.n_layers) if layer not in layers]
         stack.enter_context(skipped(model, run, others, zero))
         mlps = stack.enter_context(hooked(model, record=[("mlp", layer) for layer in layers]))
-        for layer, part in dict.fromkeys((r.layer, cast(Part, r.part)) for r in receivers if r.part != "mlp"):
-            stack.callback(projection(model, layer, part).register_forward_hook(keep(layer, part)).remove)
+        for layer, part in dict.fromkeys((r.layer, r.part) for r in receivers if r.part != "mlp"):
+            module = projection(model, layer, cast(Part, part))
+            stack.callback(module.register_forward_hook(keep(layer, part)).remove)
         restart(model, run, torch.arange(len(zero), device=zero.device), 0, run.stream(0), change=change)
     return {
         r: mlps["mlp", r.layer] if r.part == "mlp" else seen[r.layer, r.part][..., _columns(model, r)]

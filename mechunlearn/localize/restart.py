@@ -8,7 +8,7 @@ which keeps every token: sliding windows (Mistral, Gemma, GPT-Neo) are then mask
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -57,7 +57,7 @@ def record(model: Model, tokens: Tokens, places: Sequence[Place] = (), *, embed:
             logits = _last_logits(model, tokens.ids, tokens.last, cache)
     finally:
         handle.remove()
-    pairs = tuple((layer.keys, layer.values) for layer in cache.layers)
+    pairs = tuple((layer.keys, layer.values) for layer in cast(list[Any], cache.layers))
     return Run(tokens=tokens, logits=logits, activations=seen, keys_values=pairs, wraps=wraps[0])  # pyright: ignore[reportArgumentType]
 
 

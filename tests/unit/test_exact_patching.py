@@ -12,7 +12,7 @@ from mechunlearn.activations import hooked, last_logits, untouched
 from mechunlearn.components import ROLES, Component
 from mechunlearn.facts import Fact, FactSet
 from mechunlearn.localize import LOCALIZERS
-from mechunlearn.localize.activation_patching import activation_patching
+from mechunlearn.localize.activation_patching import activation_patching, resampled
 from mechunlearn.localize.bands import Band, ablate_bands
 from mechunlearn.localize.causal_tracing import causal_tracing, subject_embedding_std
 from mechunlearn.localize.pairs import PairBatch, build_pairs, to_batch
@@ -288,6 +288,20 @@ def test_resampling_draws_another_fact_by_seed_and_not_by_order(tiny_model: Make
     np.testing.assert_allclose(backward, first.per_fact, atol=1e-5)
     assert not np.allclose(activation_patching(model, facts, form="resample", seed=2).per_fact, first.per_fact)
     assert not np.allclose(activation_patching(model, facts, form="noise", seed=1).per_fact, first.per_fact)
+
+
+def test_a_resampled_run_is_another_subjects_own_prompt(tiny_model: MakeModel, tiny_facts: FactSet) -> None:
+    model, facts = tiny_model("llama"), tiny_facts.facts[:12]  # a colour and a city each
+    pairs = build_pairs(model, facts, pairs_per_fact=3)
+    prompts = {pair.clean: facts[pair.fact].subject for pair in pairs}
+    changed = resampled(pairs, facts, seed=0)
+    assert all(prompts[pair.corrupt] != facts[pair.fact].subject for pair in changed)
+    assert any(facts[pair.fact].prompt != facts[0].prompt for pair in changed)
+    assert [(pair.clean, pair.answer, pair.counterfactual) for pair in changed] == [
+        (pair.clean, pair.answer, pair.counterfactual) for pair in pairs
+    ]
+    alone = build_pairs(model, facts[:1])
+    assert resampled(alone, facts[:1], seed=0) == alone
 
 
 def test_roles_rebuilt_from_a_pair_are_those_of_the_tokenizer(tiny_model: MakeModel, tiny_facts: FactSet) -> None:
