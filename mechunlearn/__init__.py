@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mechunlearn.checkpoints import load_model, save_model
     from mechunlearn.components import Component, ComponentScores
     from mechunlearn.edit.edits import WeightEdit, applied, export_edit, load_edit, save_edit
+    from mechunlearn.explorer import explore
     from mechunlearn.facts import Fact, FactSet, FactSplit, split_facts, with_edit_targets
     from mechunlearn.masks import ParameterMask, mask_of, random_mask_like, select_components
     from mechunlearn.models import Model, wrap_model
@@ -38,6 +39,7 @@ _HOME = {
     "WeightEdit": "edit.edits",
     "applied": "edit.edits",
     "decide": "verdict",
+    "explore": "explorer",
     "export_edit": "edit.edits",
     "load_edit": "edit.edits",
     "load_facts": "sources.loading",
@@ -68,6 +70,7 @@ __all__ = [
     "decide",
     "edit",
     "evaluate",
+    "explore",
     "export_edit",
     "load_edit",
     "load_facts",

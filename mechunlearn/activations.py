@@ -1,8 +1,8 @@
 """Forward passes that read or replace activations, and leave the model as it was.
 
 A *place* is what the residual stream is made of: ("mlp", 3) and ("attention", 3) are the writes of layer 3,
-("head", 3) all its heads' outputs before the output projection, ("block", 3) the stream after block 3 and
-("stream", 0) the stream before the first block.
+("head", 3) all its heads' outputs before the output projection, ("neuron", 3) its MLP's neurons, ("block", 3) the
+stream after block 3 and ("stream", 0) the stream before the first block.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,17 +16,20 @@ from torch import Tensor, nn
 
 from mechunlearn.models import (
     Model,
+    NotSupported,
     attention,
     attention_write,
     block,
     embedding,
     first_output,
+    has_parallel_blocks,
     head_input,
+    mlp_neurons,
     mlp_write,
     with_first_output,
 )
 
-PlaceKind = Literal["mlp", "attention", "head", "block", "stream"]
+PlaceKind = Literal["mlp", "attention", "head", "neuron", "block", "stream"]
 Place = tuple[PlaceKind, int]
 Change = Callable[[Tensor], Tensor]
 
@@ -116,12 +119,38 @@ def _attach(model: Model, place: Place, visit: Callable[[Place, Tensor], Tensor]
             return (visit(place, inputs[0]), *inputs[1:]), named
         return inputs, {**named, "hidden_states": visit(place, named["hidden_states"])}
 
-    if kind == "head":
-        return head_input(model, layer).register_forward_pre_hook(on_input, with_kwargs=True)
-    if kind == "stream":
-        return block(model, layer).register_forward_pre_hook(on_input, with_kwargs=True)
+    readers = {"head": head_input, "neuron": mlp_neurons, "stream": block}
+    if kind in readers:
+        return readers[kind](model, layer).register_forward_pre_hook(on_input, with_kwargs=True)
     modules = {"mlp": mlp_write, "attention": attention_write, "block": block}
     return modules[kind](model, layer).register_forward_hook(on_output)
+
+
+def stream_places(model: Model, *, mid: bool = False) -> tuple[Place, ...]:
+    """The places that `streams` needs recorded."""
+    kinds: tuple[PlaceKind, ...] = ("attention", "block") if mid else ("block",)
+    return ("stream", 0), *((kind, layer) for layer in range(model.n_layers) for kind in kinds)
+
+
+def streams(
+    model: Model, seen: Mapping[Place, Float[Tensor, "batch pos d_model"]], *, mid: bool = False
+) -> Iterator[Float[Tensor, "batch pos d_model"]]:
+    """The residual stream before the first block, then after each (with `mid`: after each of its two sublayers).
+
+    Raises:
+        NotSupported: `mid`, where attention and MLP of a block read the same stream: there is none between them.
+    """
+    if mid and has_parallel_blocks(model):
+        raise NotSupported(
+            f"{model.name}: its blocks are parallel, so no stream is between attention and MLP; use blocks"
+        )
+    stream = seen["stream", 0]
+    yield stream
+    for layer in range(model.n_layers):
+        if mid:
+            yield stream + seen["attention", layer]
+        stream = seen["block", layer]
+        yield stream
 
 
 @contextmanager

@@ -37,6 +37,9 @@ class Architecture:
     value: str
     """Query, key and value projections; the same path three times where they are fused."""
     output: str
+    attention_norm: str
+    """The norm through which attention reads the residual stream."""
+    mlp_norm: str
     mlp_write: str = "mlp"
     attention_write: str
     layout: Literal["separate", "fused_blocks", "fused_interleaved"] = "separate"
@@ -61,6 +64,8 @@ def _llama_like(name: str, *, post_norms: bool = False) -> Architecture:
         key="self_attn.k_proj",
         value="self_attn.v_proj",
         output="self_attn.o_proj",
+        attention_norm="input_layernorm",
+        mlp_norm="pre_feedforward_layernorm" if post_norms else "post_attention_layernorm",
         mlp_write="post_feedforward_layernorm" if post_norms else "mlp",
         attention_write="post_attention_layernorm" if post_norms else "self_attn",
     )
@@ -79,6 +84,8 @@ _ALL = (
         key="attn.c_attn",
         value="attn.c_attn",
         output="attn.c_proj",
+        attention_norm="ln_1",
+        mlp_norm="ln_2",
         attention_write="attn",
         layout="fused_blocks",
     ),
@@ -94,6 +101,8 @@ _ALL = (
         key="attn.attention.k_proj",
         value="attn.attention.v_proj",
         output="attn.attention.out_proj",
+        attention_norm="ln_1",
+        mlp_norm="ln_2",
         attention_write="attn",
     ),
     Architecture(
@@ -108,6 +117,8 @@ _ALL = (
         key="attention.query_key_value",
         value="attention.query_key_value",
         output="attention.dense",
+        attention_norm="input_layernorm",
+        mlp_norm="post_attention_layernorm",
         attention_write="attention",
         layout="fused_interleaved",
     ),

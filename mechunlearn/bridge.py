@@ -18,9 +18,22 @@ def build_bridge(model: Model) -> "TransformerBridge":
     A shell of the same class without storage takes over the Parameter objects, so wrapping it leaves `model.hf`
     alone. Hooks, train mode and attention implementation are separate; `requires_grad` and `.grad` are shared.
 
+    Building one changes neither flags nor the global random state: torch would switch `requires_grad` on in assigning
+    a Parameter, and TransformerLens draws weights for fused projections that it then replaces.
+
     Raises:
         NotSupported: TransformerLens left a tensor of the shell empty.
     """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.hf.parameters()]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return _build(model)
+    finally:
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+def _build(model: Model) -> "TransformerBridge":
     from transformer_lens.model_bridge.sources._bridge_builder import (
         build_bridge_from_module,
         detect_tokenizer_bos_eos,

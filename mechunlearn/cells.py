@@ -206,7 +206,8 @@ def conclude(
         notes["control"] = next(asdict(control) for control in controls if control.kind == own.suppression)
     if first.evaluation is None:
         raise ValueError(f"cell '{task.name}': its first side was not evaluated")
-    verdict = decide(evidence_of(sides, nulls, paired=task.null is not None), controls=controls, **bounds)
+    evidence = evidence_of(sides, nulls, paired=task.null is not None)
+    verdict = decide(evidence, controls=controls, alike=not own.is_checkpoint, **bounds)
     return Cell(
         name=task.name, role=task.role, evaluation=first.evaluation, verdict=verdict,
         edited=tuple(result for side in sides for result in side.results),

@@ -273,6 +273,40 @@ def bench_verdict(
     console.print(f"tables and figure: {escape(str(out / 'tables'))}", soft_wrap=True)
 
 
+@bench_app.command("planted")
+def bench_planted(
+    config: Annotated[
+        str, typer.Argument(help="A preset or TOML file with the ladder and the localizers.")
+    ] = "bench-planted",
+    quick: Annotated[bool, typer.Option("--quick", help="Two small bases, three plants each, two localizers.")] = False,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the ladder, its scores and the tables.")] = Path(
+        ".runs/planted"
+    ),
+) -> None:
+    """Count how often each localizer finds facts whose place is known by construction; goes on where it stopped."""
+    from mechunlearn.bench.planted_settings import load_planted
+
+    settings = load_planted("bench-planted-quick" if quick else config)
+    from mechunlearn import stages
+
+    with _progress() as progress:
+        bench = stages.bench_planted(settings, out, on_progress=progress)
+    left_out = bench.ladder.loc[bench.ladder["reason"] != ""]
+    if len(left_out):
+        _print_frame(left_out.loc[:, ["base", "plant", "new", "old", "reason"]], title="Plants left out")
+    console.print(f"{len(bench.ladder) - len(left_out)} of {len(bench.ladder)} plants passed their verification")
+    failed = bench.rows.loc[bench.rows["error"] != ""].groupby(["localizer", "error"]).size().reset_index(name="plants")
+    if len(failed):
+        _print_frame(failed, title="Localizers that could not score a plant")
+    summary = bench.summary
+    shown = summary.loc[summary["group"] == "all"].drop(columns="group")
+    _print_frame(shown, title="How often each localizer finds the planted part (95% intervals over bases)")
+    compared = bench.differences
+    hits = compared.loc[(compared["metric"] == "hit@1") & (compared["part"] == "kept out")]
+    _print_frame(hits.drop(columns=["part", "metric"]), title="Differences of hit@1 on the part kept out")
+    console.print(f"tables and figure: {escape(str(out / 'tables'))}", soft_wrap=True)
+
+
 @bench_app.command("coverage")
 def bench_coverage(
     draws: Annotated[int, typer.Option("--draws", min=200, help="Simulated data sets an interval.")] = 2000,
@@ -340,7 +374,7 @@ def _pairs(pairs: list[str] | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Any]:
-    """A callback (text, done, total) that shows a bar with the time left on stderr, or a line now and then in a file."""
+    """A callback (text, done, total): a bar with the time left on stderr, or a line now and then if that is a file."""
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     if not errors.is_terminal:
         last = time.monotonic()  # nothing at once: a mistake is to stay one line

@@ -22,12 +22,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mechunlearn.files import whole_file
+from mechunlearn.html_card import html_card
 
 Kind = Literal["mlp", "attention", "head", "neuron"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 ROLES = ("subject_first", "subject_middle", "subject_last", "between", "last")
 """Roles of the tokens of a prompt; "between" is every other token before the last, those before the subject too."""
+
+Reduction = Literal["mean", "mean_of_abs", "abs_of_mean"]
+"""How scores of single facts make one of a component; they rank differently."""
 
 _SHORT = re.compile(r"(?:m(?P<mlp>\d+)(?:\.n(?P<neuron>\d+))?|a(?P<attention>\d+)(?:\.h(?P<head>\d+))?)", re.ASCII)
 _HOOKS = {"mlp": "hook_mlp_out", "attention": "hook_attn_out", "head": "attn.hook_z", "neuron": "mlp.hook_post"}
@@ -144,9 +148,24 @@ class ComponentScores:
         columns = [self.roles.index(role) for role in roles]
         return replace(self, roles=roles, per_fact=self.per_fact[:, :, columns])
 
-    def ranking(self) -> tuple[Component, ...]:
-        """Components by descending value; ties keep the order of `components`."""
-        return tuple(self.components[i] for i in np.argsort(-self.values, kind="stable"))
+    def reduced(self, how: Reduction = "mean") -> Float[np.ndarray, " component"]:
+        """One number a component, summed over token roles.
+
+        mean: `values`, signed; what speaks for some facts and against others cancels. abs_of_mean: its size.
+        mean_of_abs: mean over facts of the size, so that nothing cancels; noise adds up too.
+
+        Raises:
+            ValueError: an unknown reduction.
+        """
+        if how not in get_args(Reduction):
+            raise ValueError(f"scores of '{self.method}': got reduction {how!r}, allowed: {get_args(Reduction)}")
+        if how == "mean_of_abs":
+            return np.abs(self.per_fact.sum(axis=2)).mean(axis=0)
+        return np.abs(self.values) if how == "abs_of_mean" else self.values
+
+    def ranking(self, how: Reduction = "mean") -> tuple[Component, ...]:
+        """Components by descending score, reduced so; ties keep the order of `components`."""
+        return tuple(self.components[i] for i in np.argsort(-self.reduced(how), kind="stable"))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per component: component, kind, layer, index, value, standard_error and one column per role."""
@@ -161,6 +180,15 @@ class ComponentScores:
             }
         )
         return frame.assign(**{role: self.by_role[:, i] for i, role in enumerate(self.roles)})
+
+    def _repr_html_(self) -> str:
+        largest = np.argsort(-np.abs(self.values), kind="stable")[:8]
+        rows = [(self.components[i], float(self.values[i]), float(self.standard_error[i])) for i in largest]
+        lines = {
+            "metric": self.metric, "sign": self.sign, "facts": self.n_facts, "roles": ", ".join(self.roles),
+            "components": f"{len(self.components)}, the largest:",
+        }  # fmt: skip
+        return html_card(self.method, lines, [("component", "score", "standard error"), *rows])
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file (numbers) with a JSON record in its header, all or nothing."""

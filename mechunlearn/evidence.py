@@ -87,6 +87,7 @@ def gather_evidence(edited: Sequence[Any], twin: Sequence[Any], *, paired: bool 
     seeds: list[int] = []
     scores: list[float] = []
     nulls: list[float] = []
+    made_up: dict[str, list[float]] = {}
     for u, n in zip(edited, twin, strict=True):
         mine, other = u.hidden_scores(), n.hidden_scores()
         if paired and set(mine) != set(other):
@@ -94,7 +95,11 @@ def gather_evidence(edited: Sequence[Any], twin: Sequence[Any], *, paired: bool 
         facts += list(mine)
         seeds += [u.seed] * len(mine)
         scores += list(mine.values())
-        nulls += [other[key] for key in mine] if paired else list(other.values())
+        nulls += [other[key] for key in mine] if paired else []
+        for key, value in other.items():
+            made_up.setdefault(key, []).append(value)
+    if not paired:  # the same made-up facts under every seed: more seeds are no more facts
+        nulls = [sum(values) / len(values) for values in made_up.values()]
     failed = dict.fromkeys(
         f"{who}: {r.health.reason}"
         for who, rs in (("edited", edited), ("twin" if paired else "made-up facts", twin))

@@ -121,7 +121,7 @@ def prepare(settings: Settings, *, load: Callable[..., Model] = load_model) -> S
 
 
 def localize(stage: Stage, name: str, *, seed: int | None = None) -> ComponentScores:
-    """Run one localizer with the run's options on the facts to forget; it gets the twin if it takes one."""
+    """Run one localizer with the run's options on the facts to forget, with twin and retained facts if asked for."""
     method = LOCALIZERS.get(name)
     options = stage.settings.options("localize", name)
     takes = inspect.signature(method.function).parameters
@@ -129,6 +129,8 @@ def localize(stage: Stage, name: str, *, seed: int | None = None) -> ComponentSc
         options["seed"] = seed if seed is not None else options.get("seed") or stage.settings.seed
     if "twin" in takes:
         options["twin"] = stage.twin
+    if "retain" in takes:
+        options["retain"] = stage.split.retain_train
     return method.function(stage.model, stage.split.forget, **options)
 
 
@@ -219,30 +221,37 @@ def _start_worker() -> None:
 
 
 @contextmanager
-def workers(settings: Settings) -> Iterator[Executor | None]:
-    """Worker processes that start importing and loading while the parent localizes; None for one worker.
+def process_pool(n: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Worker processes, None for a single one.
 
     One thread each, the parent included: the matrices are small, and threads that wait for each other on a busy
     machine cost more than they bring.
     """
-    if settings.workers == 1 or choose_device(settings.device).type == "cuda":
-        try:
-            yield None
-        finally:
-            loaded.cache_clear()
+    if n == 1:
+        yield None
         return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(settings.workers, mp_context=spawn, initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(n, mp_context=get_context("spawn"), initializer=_start_worker) as pool:
         try:
-            for _ in range(settings.workers):
-                pool.submit(warm_up, settings)
             yield pool
         finally:
-            loaded.cache_clear()
             torch.set_num_threads(threads)
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def workers(settings: Settings) -> Iterator[Executor | None]:
+    """Worker processes that start importing and loading while the parent localizes; None for one worker or on CUDA."""
+    n = 1 if choose_device(settings.device).type == "cuda" else settings.workers
+    try:
+        with process_pool(n) as pool:
+            if pool is not None:
+                for _ in range(n):
+                    pool.submit(warm_up, settings)
+            yield pool
+    finally:
+        loaded.cache_clear()
 
 
 def _tasks(stage: Stage, sides: Mapping[str, Side], role: CellRole, **more: Any) -> list[CellTask]:

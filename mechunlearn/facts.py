@@ -12,6 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import overload
 
+from mechunlearn.html_card import html_card
+
+_SHOWN = 8  # rows of a table in a notebook
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fact:
@@ -60,6 +64,13 @@ class Fact:
     def ask(self, template: str) -> str:
         """Put the subject into one of the fact's templates."""
         return template.replace("{}", self.subject)
+
+    def _repr_html_(self) -> str:
+        lines = {
+            "prompt": f"{self.ask(self.prompt)} → {self.target_true}", "instead": self.target_new,
+            "among": ", ".join(self.choices), "paraphrases": len(self.paraphrases), "questions": len(self.questions),
+        }  # fmt: skip
+        return html_card(f"{self.subject}: {self.relation}", lines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +123,13 @@ class FactSet(Sequence[Fact]):
                 )
         return self.where(lambda fact: fact.relation in relations)
 
+    def _repr_html_(self) -> str:
+        subjects = len({fact.subject for fact in self.facts})
+        rows = [(fact.subject, fact.relation, fact.ask(fact.prompt), fact.target_true) for fact in self.facts[:_SHOWN]]
+        more = [(f"… {len(self) - _SHOWN} more",)] if len(self) > _SHOWN else []
+        lines = {"facts": len(self), "subjects": subjects, "relations": ", ".join(self.relations)}
+        return html_card(self.name, lines, [("subject", "relation", "prompt", "answer"), *rows, *more])
+
 
 def hash_facts(facts: Iterable[Fact]) -> str:
     """SHA-256 over the canonical JSON of the facts."""
@@ -152,6 +170,16 @@ class FactSplit:
     def sha256(self) -> str:
         """Hash of all parts, in order."""
         return hash_facts((*self.forget, *self.retain_train, *self.retain_test, *self.same_subject))
+
+    def _repr_html_(self) -> str:
+        names = ("forget_shown", "forget_hidden", "attack_dev", "retain_train", "retain_test", "same_subject")
+        parts: dict[str, tuple[Fact, ...]] = {name: getattr(self, name) for name in names}
+        rows = [
+            (name, len(part), len({fact.subject for fact in part}), part[0].ask(part[0].prompt) if part else "")
+            for name, part in parts.items()
+        ]
+        table = [("part", "facts", "subjects", "the first"), *rows]
+        return html_card(f"{len(self.forget)} facts to forget", {"seed": self.seed, "fold": self.fold}, table)
 
     def check(self) -> None:
         """Raise ValueError if a part leaks into another or the answers are unevenly dealt."""

@@ -11,6 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mechunlearn.components import KINDS, Component, ComponentScores, Kind
+from mechunlearn.html_card import html_card
 from mechunlearn.models import Model, all_components, component_parameters
 from mechunlearn.registry import did_you_mean
 
@@ -51,6 +52,14 @@ class ParameterMask:
     def is_whole(self, name: str) -> bool:
         """Whether every entry of this parameter may change."""
         return bool(self.entries[name].all())
+
+    def _repr_html_(self) -> str:
+        sizes = {name: _count(mask, self.shapes[name]) for name, mask in self.entries.items()}
+        total = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        rows = [(name, f"{n:,} of {torch.Size(self.shapes[name]).numel():,}") for name, n in list(sizes.items())[:8]]
+        more = [(f"… {len(sizes) - 8} more",)] if len(sizes) > 8 else []
+        lines = {"components": ", ".join(map(str, self.components)), "parameters": f"{len(sizes)}, {total:,} entries"}
+        return html_card(f"{self.n_selected:,} entries may change", lines, [("parameter", "entries"), *rows, *more])
 
 
 def mask_of(model: Model, components: Iterable[Component]) -> ParameterMask:

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Model", "NotSupported", "all_components", "attention", "attention_write", "block", "component_parameters",
-    "embedding", "final_norm", "first_output", "head_input", "is_transposed", "mlp", "mlp_neurons", "mlp_write",
-    "projection", "projection_columns", "unembedding", "weight_matrices", "with_first_output", "wrap_model",
+    "embedding", "final_norm", "first_output", "has_parallel_blocks", "head_input", "is_transposed", "mlp",
+    "mlp_neurons", "mlp_write", "projection", "projection_columns", "unembedding", "weight_matrices",
+    "with_first_output", "wrap_model",
 ]  # fmt: skip
 
 
@@ -132,6 +133,11 @@ def block(model: Model, layer: int) -> nn.Module:
     if not 0 <= layer < model.n_layers:
         raise ValueError(f"layer: got {layer}, allowed: 0 to {model.n_layers - 1}")
     return model.hf.get_submodule(f"{model.architecture.blocks}.{layer}")
+
+
+def has_parallel_blocks(model: Model) -> bool:
+    """Whether attention and MLP of a block read the same stream (GPT-NeoX): then there is no resid_mid."""
+    return bool(getattr(model.hf.config, "use_parallel_residual", False))
 
 
 def mlp(model: Model, layer: int) -> nn.Module:

@@ -16,7 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from mechunlearn.activations import Place, hooked, last_logits, pad, untouched
+from mechunlearn.activations import hooked, last_logits, pad, stream_places, streams, untouched
 from mechunlearn.facts import Fact
 from mechunlearn.models import Model
 from mechunlearn.prompts import render, token_roles
@@ -239,6 +239,41 @@ def online_code(
     Differs from the source: few, coarse blocks, for there are hundreds of facts and not 100,000; smoothed as above.
     Source: Voita & Titov 2020, arXiv:2003.12298, section 2.2.2; control labels: Hewitt & Liang 2019, arXiv:1909.03368.
     """
+    known = tuple(dict.fromkeys(labels if classes is None else classes))
+
+    def sent(own: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return online_bits(
+            features, own, groups, classes=known, fractions=fractions, regularization=regularization,
+            max_steps=max_steps, seed=seed,
+        )  # fmt: skip
+
+    bits, block = sent(labels)
+    control, _ = sent(shuffled_labels(labels, groups, seed=seed + 1))
+    return CodeLength(
+        n_classes=len(known),
+        rows=tuple(np.bincount(block).tolist()),
+        bits=tuple(np.bincount(block, bits).tolist()),
+        control_bits=tuple(np.bincount(block, control).tolist()),
+    )
+
+
+def online_bits(
+    features: Float[np.ndarray, "row d_feature"],
+    labels: Sequence[str],
+    groups: Sequence[str],
+    *,
+    classes: Sequence[str] | None = None,
+    fractions: Sequence[float] = (1 / 8, 1 / 4, 1 / 2, 1.0),
+    regularization: float = 10.0,
+    standardize: bool = True,
+    max_steps: int = 1000,
+    seed: int = 0,
+) -> tuple[Float[np.ndarray, " row"], Int[np.ndarray, " row"]]:
+    """Bits that each row's label costs in the code of `online_code`, and the block in which the row is sent.
+
+    Raises:
+        ValueError: as `online_code`.
+    """
     known = sorted(set(labels if classes is None else classes))
     if not 0 < len(features) == len(labels) == len(groups) or len(known) < 2 or not set(labels) <= set(known):
         raise ValueError(
@@ -251,26 +286,16 @@ def online_code(
     order = np.random.default_rng(seed).permutation(len(entities))
     ends = np.unique(np.ceil(np.array(fractions) * len(entities)))
     block = np.searchsorted(ends, order[[entities[group] for group in groups]], side="right")
-
-    def bits(own: Sequence[str]) -> tuple[float, ...]:
-        found = []
-        for at in range(len(ends)):
-            sent, past = np.flatnonzero(block == at), np.flatnonzero(block < at)
-            p = np.ones((len(sent), len(known)))
-            if len(past):
-                p += len(past) * _over_classes(
-                    features, own, known, past, sent, regularization=regularization, max_steps=max_steps, seed=seed
-                )
-            column = [known.index(own[i]) for i in sent.tolist()]
-            found.append(-float(np.log2(p[np.arange(len(sent)), column] / (len(past) + len(known))).sum()))
-        return tuple(found)
-
-    return CodeLength(
-        n_classes=len(known),
-        rows=tuple(np.bincount(block).tolist()),
-        bits=bits(labels),
-        control_bits=bits(shuffled_labels(labels, groups, seed=seed + 1)),
-    )
+    fit = {"regularization": regularization, "standardize": standardize, "max_steps": max_steps, "seed": seed}
+    bits = np.zeros(len(labels))
+    for at in range(len(ends)):
+        sent, past = np.flatnonzero(block == at), np.flatnonzero(block < at)
+        p = np.ones((len(sent), len(known)))
+        if len(past):
+            p += len(past) * _over_classes(features, labels, known, past, sent, **fit)
+        column = [known.index(labels[i]) for i in sent.tolist()]
+        bits[sent] = -np.log2(p[np.arange(len(sent)), column] / (len(past) + len(known)))
+    return bits, block
 
 
 def residual_features(
@@ -279,28 +304,33 @@ def residual_features(
     form: str = "prompt",
     sites: Sequence[Site] = ("subject_last", "last"),
     *,
+    mid: bool = False,
     batch_size: int = 64,
 ) -> dict[Site, Float[np.ndarray, "fact layer d_model"]]:
     """The residual stream of every fact's prompt at the sites: one forward pass, changes nothing.
 
-    Layer 0 is the stream before the first block (the embeddings), layer l + 1 the stream after block l; float32.
+    Layer 0 is the stream before the first block (the embeddings), layer l + 1 the stream after block l; float32. With
+    `mid`, 2 l + 1 is the stream between attention and MLP of block l, and 2 l + 2 the one after the block.
 
     Args:
         form: how the facts are asked, see `prompts.forms`.
         sites: the subject's last token, the mean over its tokens, or the prompt's last token.
+
+    Raises:
+        ValueError: no facts or an unknown site.
+        NotSupported: `mid`, where blocks are parallel.
     """
     if not facts or not set(sites) <= set(get_args(Site)):
         raise ValueError(f"features: got {len(facts)} facts, sites {list(sites)}, allowed: {', '.join(get_args(Site))}")
     texts = [token_roles(model, render(fact, form), fact.subject) for fact in facts]
     spans = [_span(roles) for _, roles in texts]
-    places: list[Place] = [("stream", 0), *(("block", layer) for layer in range(model.n_layers))]
-    shape = (len(facts), len(places), model.d_model)
+    shape = (len(facts), (2 if mid else 1) * model.n_layers + 1, model.d_model)
     result: dict[Site, np.ndarray] = {site: np.zeros(shape, dtype=np.float32) for site in sites}
     order = sorted(range(len(facts)), key=lambda i: len(texts[i][0]))
     with untouched(model), torch.no_grad():
         for rows in (order[start : start + batch_size] for start in range(0, len(order), batch_size)):
             tokens = pad(model, [texts[i][0] for i in rows])
-            with hooked(model, record=places) as seen:
+            with hooked(model, record=stream_places(model, mid=mid)) as seen:
                 last_logits(model, tokens)
             for site in sites:
                 weights = torch.zeros(tokens.ids.shape, device=model.device)
@@ -309,8 +339,8 @@ def residual_features(
                         site, (len(texts[i][0]) - 1, len(texts[i][0]))
                     )
                     weights[row, first:end] = 1 / (end - first)
-                for layer, place in enumerate(places):
-                    result[site][rows, layer] = torch.einsum("bp,bpd->bd", weights, seen[place].float()).cpu().numpy()
+                for layer, stream in enumerate(streams(model, seen, mid=mid)):
+                    result[site][rows, layer] = torch.einsum("bp,bpd->bd", weights, stream.float()).cpu().numpy()
     return result
 
 

@@ -134,6 +134,12 @@ def encode(model: Model, texts: Iterable[str]) -> list[list[int]]:
     return [list(ids) for ids in _tokenize(model, texts)] if texts else []
 
 
+def token_texts(model: Model, ids: Sequence[int]) -> tuple[str, ...]:
+    """Each token as readable text, with a leading space where the tokenizer marks one."""
+    tokens = tokenizer_of(model).convert_ids_to_tokens(list(ids))
+    return tuple(str(token).replace("Ġ", " ").replace("▁", " ") for token in tokens)
+
+
 def encode_answers(model: Model, answers: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Token ids of each answer as it continues a text, i.e. after a space.
 

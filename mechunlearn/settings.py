@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -31,11 +31,16 @@ DECIDING_ATTACKS = ("asking", "logit_lens", "probing", "quantization", "relearni
 KINDS_OF_SUPPRESSION = ("lora", "refusal", "noise", "answer_direction", "format_gate")
 
 
-class _Strict(BaseModel):
+S = TypeVar("S", bound="Strict")
+
+
+class Strict(BaseModel):
+    """Settings in which every unknown key and every value of another type is an error."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, protected_namespaces=())
 
 
-class FactsSettings(_Strict):
+class FactsSettings(Strict):
     """Which facts there are and which of them are to be forgotten."""
 
     source: str = "people"
@@ -53,14 +58,14 @@ class FactsSettings(_Strict):
     """Only facts whose true answer has more than this share of the probability are forgotten or retained."""
 
 
-class MaskSettings(_Strict):
+class MaskSettings(Strict):
     """How much may be edited: a share of all MLP and attention parameters, or a number of them."""
 
     budget: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1)] = 0.2
     kinds: list[Literal["mlp", "attention", "head"]] = ["mlp"]
 
 
-class ArmSettings(_Strict):
+class ArmSettings(Strict):
     """One edit: where (a localizer, or components by name) and how (an editor). Budget and kinds default to [mask]."""
 
     localizer: str | None = None
@@ -81,14 +86,14 @@ class ArmSettings(_Strict):
         return f"{self.editor}-{where}" + ("" if self.seed is None else f"-{self.seed}")
 
 
-class VerdictSettings(_Strict):
+class VerdictSettings(Strict):
     """Where the line between removed and hidden is drawn."""
 
     delta: Annotated[float, Field(gt=0, lt=1)] = 0.1
     draws: Annotated[int, Field(ge=500)] = 4000
 
 
-class Settings(_Strict):
+class Settings(Strict):
     """A whole run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -157,9 +162,13 @@ class Settings(_Strict):
         return REGISTRIES[stage].get(method).validate(getattr(self, stage).get(method, {}))
 
 
-def preset_names() -> tuple[str, ...]:
-    """The presets that come with the package."""
-    return tuple(sorted(Path(str(p)).stem for p in files("mechunlearn.presets").iterdir() if str(p).endswith(".toml")))
+PLANTED = "bench-planted"  # how the presets are called that are no runs: `load_planted` reads them
+
+
+def preset_names(*, planted: bool = False) -> tuple[str, ...]:
+    """The presets of runs that come with the package, or those of `bench planted`."""
+    names = sorted(Path(str(p)).stem for p in files("mechunlearn.presets").iterdir() if str(p).endswith(".toml"))
+    return tuple(name for name in names if name.startswith(PLANTED) == planted)
 
 
 def load_settings(name_or_path: str | Path, changes: Mapping[str, Any] | None = None) -> Settings:
@@ -172,19 +181,27 @@ def load_settings(name_or_path: str | Path, changes: Mapping[str, Any] | None = 
         FileNotFoundError: neither a preset nor a file.
         ValueError: broken syntax, an unknown key or method, a value out of range; one line that names the file.
     """
+    path, data = read_preset(name_or_path, preset_names())
+    return run_settings(data, changes or {}, str(path))
+
+
+def read_preset(name_or_path: str | Path, names: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    """The file of a preset among `names`, or the file of that path, and what is in it; its name is the file's own.
+
+    Raises:
+        FileNotFoundError: neither a preset nor a file.
+        ValueError: broken syntax.
+    """
     path = Path(name_or_path)
-    if str(name_or_path) in preset_names():
+    if str(name_or_path) in names:
         path = Path(str(files("mechunlearn.presets"))) / f"{name_or_path}.toml"
     elif not path.is_file():
-        raise FileNotFoundError(
-            f"no preset or file {str(name_or_path)!r}.{did_you_mean(str(name_or_path), preset_names())}"
-        )
+        raise FileNotFoundError(f"no preset or file {str(name_or_path)!r}.{did_you_mean(str(name_or_path), names)}")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
-    data.setdefault("name", path.stem)
-    return run_settings(data, changes or {}, str(path))
+    return path, {"name": path.stem, **data}
 
 
 def run_settings(data: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> Settings:
@@ -219,15 +236,20 @@ def _refuse_what_a_run_sets(data: Mapping[str, Any], where: str, key: str = "") 
 
 
 def check_settings(data: dict[str, Any], where: str) -> Settings:
-    """Validate settings held in a dictionary; `where` begins the message of an error."""
+    """Validate a run's settings held in a dictionary; `where` begins the message of an error."""
+    return check(Settings, data, where)
+
+
+def check(kind: type[S], data: dict[str, Any], where: str) -> S:
+    """Validate settings of any kind; `where` begins the one line of an error."""
     try:
-        return Settings.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in problem["loc"] if not _is_branch(part))
         if problem["type"] == "extra_forbidden":
             raise ValueError(
-                f"{where}: unknown key '{key}'.{did_you_mean(_last(problem['loc']), _siblings(problem['loc']))}"
+                f"{where}: unknown key '{key}'.{did_you_mean(_last(problem['loc']), _siblings(kind, problem['loc']))}"
             ) from None
         message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         if problem["type"] == "value_error":
@@ -245,10 +267,10 @@ def _last(location: Sequence[str | int]) -> str:
     return str(location[-1])
 
 
-def _siblings(location: Sequence[str | int]) -> tuple[str, ...]:
+def _siblings(kind: type[Strict], location: Sequence[str | int]) -> tuple[str, ...]:
     """The keys that are allowed where an unknown one stood."""
     homes: dict[str, type[BaseModel]] = {
         "facts": FactsSettings, "mask": MaskSettings, "verdict": VerdictSettings, "arms": ArmSettings,
     }  # fmt: skip
-    home = homes.get(str(location[0]), Settings) if len(location) > 1 else Settings
+    home = homes.get(str(location[0]), kind) if len(location) > 1 else kind
     return tuple(sorted(home.model_fields))

@@ -15,6 +15,9 @@ from mechunlearn.attack import ATTACKS
 from mechunlearn.bench.check import Check, Subjects, check_model
 from mechunlearn.bench.coverage import coverage
 from mechunlearn.bench.knowledge import plain_kinds, trained_kinds
+from mechunlearn.bench.planted import PlantedBench
+from mechunlearn.bench.planted import bench_planted as score_known_places
+from mechunlearn.bench.planted_settings import PlantedSettings
 from mechunlearn.bench.verdict import QUICK, VerdictBench
 from mechunlearn.bench.verdict import bench_verdict as judge_known_truth
 from mechunlearn.checkpoints import bundled_models, choose_device, load_model, model_folder
@@ -23,17 +26,20 @@ from mechunlearn.controls import SUPPRESSIONS
 from mechunlearn.edit import EDITORS
 from mechunlearn.edit.edits import applied, export_edit, load_edit, save_edit
 from mechunlearn.evaluate import evaluate, take_baseline
-from mechunlearn.experiment import Stage, prepare
+from mechunlearn.experiment import Stage, prepare, process_pool
 from mechunlearn.experiment import localize as run_localizer
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.masks import mask_of, select_components
 from mechunlearn.organisms.bundle import ORGANISMS, ORIGINAL, TWIN, train_organism
 from mechunlearn.organisms.card import read_card, write_card
 from mechunlearn.organisms.forget_sets import FORGET_SETS, never_known
+from mechunlearn.organisms.planted import Recipe as PlantedRecipe
+from mechunlearn.organisms.planted import make_base, make_plant
 from mechunlearn.organisms.sweep import sweep as train_and_check
-from mechunlearn.registry import Registry, did_you_mean
+from mechunlearn.registry import Method, Registry, did_you_mean
 from mechunlearn.report.bench import bench_figure
 from mechunlearn.report.check import check_figure, sweep_figure, training_figure
+from mechunlearn.report.planted import planted_figure
 from mechunlearn.runs import replaceable, whole_folder
 from mechunlearn.settings import DECIDING_ATTACKS, Settings, check_settings, preset_names, run_settings
 from mechunlearn.sources import SOURCES
@@ -268,6 +274,44 @@ def bench_verdict(
         found.goals().to_csv(partial / "goals.csv", index=False)
         bench_figure(found).write_html(partial / "bench.html")
     return found
+
+
+def bench_planted(
+    settings: PlantedSettings, out: Path, *, on_progress: Callable[[str, float, float], None]
+) -> PlantedBench:
+    """Localize in models of known place; writes ladder/ (reused), tables/*.csv and tables/planted.html into `out`."""
+    replaceable(out / "tables")
+    found = score_known_places(settings, _ladder(settings, out / "ladder", on_progress), on_progress=on_progress)
+    with whole_folder(out / "tables") as partial:
+        for name in ("ladder", "rows", "summary", "differences"):
+            getattr(found, name).to_csv(partial / f"{name}.csv", index=False)
+        planted_figure(found).write_html(partial / "planted.html")
+    return found
+
+
+def _ladder(settings: PlantedSettings, out: Path, on_progress: Callable[[str, float, float], None]) -> list[Path]:
+    """Train what is not there yet of the bases and their plants."""
+    made = Method(name="ladder", kind="stage", function=PlantedRecipe, source="").validate(settings.ladder)
+    options = {name: made[name] for name in settings.ladder}
+    recipes = [
+        PlantedRecipe(**options | {"architecture": architecture, "seed": seed})
+        for architecture in settings.architectures
+        for seed in range(settings.seeds)
+    ]
+    wanted = [(recipe, part) for recipe in recipes for part in settings.plants]
+    total = len(recipes) + len(wanted)
+    with process_pool(settings.workers) as pool:
+        run = map if pool is None else pool.map
+        folders: dict[str, Path] = {}
+        for recipe, folder in zip(recipes, run(make_base, recipes, [out] * len(recipes)), strict=True):
+            folders[recipe.name] = folder
+            on_progress(f"base {recipe.name}", len(folders), total)
+        plants: list[Path] = []
+        homes, whose, parts = zip(*((folders[recipe.name], recipe, part) for recipe, part in wanted), strict=True)
+        for path in run(make_plant, homes, whose, parts):
+            plants.append(path)
+            on_progress(f"plant {path.stem} in {path.parent.parent.name}", len(folders) + len(plants), total)
+    return plants
 
 
 def bench_coverage(draws: int, out: Path) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mechunlearn.evidence import AttackEvidence, PositiveControl
+from mechunlearn.html_card import html_card
 from mechunlearn.statistics import (
     bootstrap_means,
     bootstrap_weights,
@@ -66,6 +67,15 @@ class Verdict:
     def __str__(self) -> str:
         return "hidden (still expressed)" if self.label == "hidden" and self.still_expressed else self.label
 
+    def _repr_html_(self) -> str:
+        lines = {
+            "why": self.reason, "what would settle it": self.settle, "caveats": "; ".join(self.caveats),
+            "counts as removed": f"less than {self.delta:.0%} of {self.denominator:.2f} ({self.null})",
+        }  # fmt: skip
+        rows = [(r.name, r.share, r.lower, r.upper, r.n_facts, "yes" if r.counts else "no", r.note) for r in self.rows]
+        head = ("attack", "D: share brought back", "lower", "upper", "facts", "counts", "")
+        return html_card(str(self), lines, [head, *rows])
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON data."""
         return asdict(self)
@@ -85,6 +95,7 @@ def decide(
     null_before: float,
     controls: Sequence[PositiveControl] = (),
     null: Literal["twin", "proxy"] = "twin",
+    alike: bool = True,
     delta: float = 0.1,
     n_twins: int = 1,
     draws: int = 4000,
@@ -99,8 +110,9 @@ def decide(
       no correction), and one of them at least has recovered a suppressed model.
     - inconclusive: otherwise, and always in place of removed without a twin.
 
-    An attack without demonstrated power decides nothing; if it recovers more than delta all the same, `removed` is
-    withheld until its positive control has been run. Asking needs no suppressed model to count for `hidden`.
+    An attack without demonstrated power decides nothing; if its D_a is above delta all the same, whatever its bounds,
+    `removed` is withheld until its positive control has been run. Asking needs no suppressed model to count for
+    `hidden`.
 
     Args:
         evidence: one entry an attack, all on the same hidden facts and seeds.
@@ -108,6 +120,9 @@ def decide(
         null_before: the same of the twin (or of guessing), before attacks (A_n); fixed in advance.
         controls: the kinds of suppressed models that were tried.
         null: what the null is; "proxy" (made-up facts) caps the verdict at inconclusive unless hidden.
+        alike: whether the twin was edited like the model. A checkpoint of another tool has no such twin; wrong answers
+            that it was taught score below an untouched twin's guesses, so that what comes back looks like less than it
+            is: that, too, caps the verdict.
         delta: largest recovered share that still counts as removed.
         n_twins: pairs of twins behind the null; one pair is named among the caveats.
         draws: bootstrap draws.
@@ -120,7 +135,7 @@ def decide(
     """
     _check(evidence, original, null_before, delta, null)
     denominator = original - null_before
-    caveats = _caveats(evidence, null, n_twins, controls)
+    caveats = _caveats(evidence, null, alike, n_twins, controls)
     if denominator < SMALLEST_DENOMINATOR:
         reason = (
             f"The original answers the hidden facts hardly better than the null ({original:.2f}, {null_before:.2f}), "
@@ -132,7 +147,7 @@ def decide(
             denominator=denominator, null=null, caveats=caveats,
         )  # fmt: skip
     rows = _rows(evidence, denominator, controls, null, draws, seed)
-    label, reason, settle = _judge(rows, controls, null, delta)
+    label, reason, settle = _judge(rows, controls, null, alike, delta)
     return Verdict(
         label=label,
         still_expressed=any(row.zero_budget and row.lower > delta for row in rows),
@@ -253,7 +268,7 @@ def _note(entry: AttackEvidence, powered: bool) -> str:
 
 
 def _judge(
-    rows: Sequence[AttackRow], controls: Sequence[PositiveControl], null: str, delta: float
+    rows: Sequence[AttackRow], controls: Sequence[PositiveControl], null: str, alike: bool, delta: float
 ) -> tuple[Label, str, str | None]:
     """Apply the rules to finished rows; returns label, reason, what would settle it."""
     if broken := [row for row in rows if row.decides and not row.healthy]:
@@ -282,7 +297,7 @@ def _judge(
             f"The attack '{row.name}' leaves it open: it brings back {_percent(row.share)} of the knowledge, "
             f"between {_percent(row.lower)} and {_percent(row.upper)} around the limit of {_percent(delta)}."
         ), _facts_to_settle(row, delta)  # fmt: skip
-    if doubtful := [row for row in rows if row.decides and row not in able and row.lower > delta]:
+    if doubtful := [row for row in rows if row.decides and row not in able and row.share > delta]:
         return "inconclusive", (
             f"The attack '{doubtful[0].name}' brings back {_percent(doubtful[0].share)}, but has no demonstrated power."
         ), f"Run the positive control for '{doubtful[0].name}'."  # fmt: skip
@@ -298,10 +313,16 @@ def _judge(
             "No attack brings anything back, but there is no twin that never knew the facts.",
             ("Compare with a twin trained without the facts; nothing else can show removal."),
         )
+    if not alike:
+        return (
+            "inconclusive",
+            "No attack brings anything back, but the twin was not edited like the model, so that guesses differ.",
+            ("Make the edit with mechunlearn on the twin too, or compare with a model trained without the facts."),
+        )
     row = max(able, key=lambda row: row.upper)
     return "removed", (
-        f"No attack brings back {_percent(delta)} of the knowledge; the closest, '{row.name}', brings back "
-        f"{_percent(row.share)}, at most {_percent(row.upper)}."
+        f"No attack with shown power brings back {_percent(delta)} of the knowledge; the closest, '{row.name}', brings "
+        f"back {_percent(row.share)}, at most {_percent(row.upper)}."
     ), None  # fmt: skip
 
 
@@ -327,13 +348,17 @@ def _facts_to_settle(row: AttackRow, delta: float) -> str:
 
 
 def _caveats(
-    evidence: Sequence[AttackEvidence], null: str, n_twins: int, controls: Sequence[PositiveControl]
+    evidence: Sequence[AttackEvidence], null: str, alike: bool, n_twins: int, controls: Sequence[PositiveControl]
 ) -> tuple[str, ...]:
     caveats: list[str] = []
     if null == "proxy":
-        caveats.append("no twin: made-up facts stand in for it")
+        caveats.append(
+            "no twin: made-up facts stand in for it; where names hint at answers, guesses look like knowledge"
+        )
     elif n_twins < 2:
         caveats.append("one pair of model and twin")
+    if null == "twin" and not alike:
+        caveats.append("the twin was not edited like the model: another tool made the checkpoint")
     if len(set(evidence[0].seeds)) < 2:
         caveats.append("one seed: the interval is over facts only")
     caveats += [f"suppressed model '{c.kind}' was not accepted as one" for c in controls if not c.accepted]

@@ -39,9 +39,9 @@ class Checkpoint:
     """Trained numbers, on the CPU."""
 
     @property
-    def rank(self) -> tuple[bool, float]:
-        """Healthy before unhealthy, then by the dev score."""
-        return (self.health.healthy, self.dev)
+    def rank(self) -> tuple[bool, bool, float]:
+        """Healthy before unhealthy, then trained before untrained, whose health says nothing of attacks; then dev."""
+        return (self.health.healthy, self.step > 0, self.dev)
 
     @property
     def promise(self) -> tuple[bool, float]:

@@ -25,6 +25,8 @@ from mechunlearn.verdict import Verdict, decide
 # pyright: standard
 
 Truth = Literal["knows", "never knew"]
+FACT_SHARES = (1.0, 0.5, 0.25, 0.125)
+"""Of the hidden facts, that verdicts are made with."""
 EXPECTED: Mapping[Truth, str] = {"knows": "hidden", "never knew": "removed"}
 SHARES = (0.25, 0.5, 0.75)
 """Of the facts that the partly knowing models know."""
@@ -104,23 +106,28 @@ class VerdictBench:
     """What `bench verdict` found."""
 
     verdicts: pd.DataFrame
-    """One row a (seed, case, number of hidden facts): truth, word, whether right, what decided, seconds."""
+    """One row a (seed, case, share of the hidden facts): truth, word, whether right, what decided, seconds.
+
+    Seeds have slightly different numbers of hidden facts, for what the original does not know is left out."""
     power: pd.DataFrame
     """One row a (seed, kind of suppression, attack): D with bounds, whether it recovers the kind, and acceptance."""
 
-    def confusion(self, n_facts: int | None = None) -> pd.DataFrame:
+    def confusion(self, share: float = 1.0) -> pd.DataFrame:
         """Of each truth, how often each word was said; with all hidden facts unless told."""
-        rows = self.at(n_facts)
+        rows = self.at(share)
         return pd.crosstab(rows["truth"], rows["word"])
 
-    def at(self, n_facts: int | None = None) -> pd.DataFrame:
-        """The verdicts made with so many hidden facts."""
-        wanted = self.verdicts["n_facts"].max() if n_facts is None else n_facts
-        return self.verdicts.loc[self.verdicts["n_facts"] == wanted]
+    def at(self, share: float = 1.0) -> pd.DataFrame:
+        """The verdicts made with this share of the hidden facts."""
+        return self.verdicts.loc[self.verdicts["share_of_facts"] == share]
 
-    def goals(self, n_facts: int | None = None) -> pd.DataFrame:
-        """The goals with what was measured: number, of how many, exact 95% interval (verdicts taken as independent)."""
-        rows = self.at(n_facts)
+    def goals(self, share: float = 1.0) -> pd.DataFrame:
+        """The goals with what was measured: number, of how many, exact 95% interval, and whether the goal is met.
+
+        Intervals take verdicts as independent, but seeds redraw facts and attacks of the same three models: true ones
+        are wider. A goal of which nothing was measured is not met.
+        """
+        rows = self.at(share)
         words, right = list(rows["word"]), list(rows["right"])
         decided = [ok for word, ok in zip(words, right, strict=True) if word in EXPECTED.values()]
         recovered: dict[tuple[int, str], bool] = {}
@@ -130,20 +137,30 @@ class VerdictBench:
             accepted[key] = row["accepted"]
             recovered[key] = recovered.get(key, False) or row["recovers"]
         suppressed = [recovered[key] for key, ok in accepted.items() if ok]
-        counted = [
-            ("decided verdicts right", sum(decided), len(decided), "at least 95%"),
-            ("confidently wrong", len(decided) - sum(decided), len(decided), "none"),
-            ("inconclusive", words.count("inconclusive"), len(words), "at most 20%"),
-            ("invalid", words.count("invalid"), len(words), ""),
-            ("suppressed models accepted", sum(accepted.values()), len(accepted), ""),
-            ("accepted suppressions recovered", sum(suppressed), len(suppressed), "all"),
-        ]
-        table = []
-        for name, count, n, goal in counted:
+        kinds = {kind: any(accepted[key] and recovered[key] for key in accepted if key[1] == kind)
+                 for _, kind in accepted}  # fmt: skip
+        undecided = len(words) - len(decided)
+        never = [word for word, truth in zip(words, rows["truth"], strict=True) if truth == "never knew"]
+        blank = sum(word not in EXPECTED.values() for word in never)
+        counted: list[tuple[str, int, int, str, float]] = [
+            ("decided verdicts right", sum(decided), len(decided), ">=", 0.95),
+            ("confidently wrong", len(decided) - sum(decided), len(decided), "<=", 0.0),
+            ("inconclusive", words.count("inconclusive"), len(words), "<=", 0.20),
+            ("invalid", words.count("invalid"), len(words), "<=", 0.20),
+            ("inconclusive or invalid", undecided, len(words), "<=", 0.20),
+            ("the same, of those that never knew", blank, len(never), "<=", 0.20),
+            ("suppressed models accepted", sum(accepted.values()), len(accepted), ">=", 0.80),
+            ("accepted suppressions recovered", sum(suppressed), len(suppressed), ">=", 1.0),
+            ("kinds accepted and recovered", sum(kinds.values()), len(kinds), ">=", 1.0),
+        ]  # fmt: skip
+        table: list[tuple[Any, ...]] = []
+        for name, count, n, sense, goal in counted:
             interval = exact_interval(count, n) if n else None
-            share = (interval.value, interval.lower, interval.upper) if interval else (float("nan"),) * 3
-            table.append((name, count, n, *share, goal))
-        return pd.DataFrame(table, columns=pd.Index(["what", "count", "of", "share", "lower", "upper", "goal"]))
+            found = (interval.value, interval.lower, interval.upper) if interval else (float("nan"),) * 3
+            met = bool(n) and (found[0] >= goal if sense == ">=" else found[0] <= goal)
+            table.append((name, count, n, *found, f"{sense} {goal:.0%}", met))
+        columns = ["what", "count", "of", "share", "lower", "upper", "goal", "met"]
+        return pd.DataFrame(table, columns=pd.Index(columns))
 
 
 def bench_verdict(
@@ -223,12 +240,13 @@ def _verdicts(case: Case, cell: Cell, controls: Sequence[PositiveControl], setti
     facts = sorted(set(whole[0].facts))
     random.Random(f"{settings.seed} facts").shuffle(facts)
     rows = []
-    for n in sorted({len(facts) // k for k in (1, 2, 4, 8)}):
-        kept = set(facts[:n])
+    for share in FACT_SHARES:
+        kept = set(facts[: int(share * len(facts))])
         verdict = decide([_among(entry, kept) for entry in whole], controls=others, **_bounds(cell, settings))
         rows.append(
-            {"seed": settings.seed, "case": case.name, "truth": case.truth, "n_facts": n, "word": verdict.label,
-             "still_expressed": verdict.still_expressed, "right": verdict.label == EXPECTED[case.truth]}
+            {"seed": settings.seed, "case": case.name, "truth": case.truth, "share_of_facts": share,
+             "n_facts": len(kept), "word": verdict.label, "still_expressed": verdict.still_expressed,
+             "right": verdict.label == EXPECTED[case.truth]}
             | _decided(verdict) | {"seconds": cell.notes["seconds"], "reason": verdict.reason}
         )  # fmt: skip
     return rows

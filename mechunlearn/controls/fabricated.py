@@ -36,10 +36,14 @@ def fabricate(facts: Iterable[Fact], *, known: Iterable[Fact] = (), seed: int = 
 
 
 def fabricated_split(split: FactSplit, *, seed: int = 0) -> FactSplit:
-    """The split with made-up facts in place of the forgotten ones, part by part; what is retained stays."""
+    """The split with made-up facts in place of the forgotten ones, part by part; what is retained stays.
+
+    Each fact has the same stand-in whatever its part, so that over the folds of a rotation none is hidden twice.
+    """
     known = (*split.forget, *split.retain_train, *split.retain_test, *split.same_subject)
-    made = iter(fabricate(split.forget, known=known, seed=seed))
-    of = {fact.key: next(made) for fact in _by_relation(split.forget)}
+    forget = sorted(split.forget, key=lambda fact: fact.key)
+    made = iter(fabricate(forget, known=known, seed=seed))
+    of = {fact.key: next(made) for fact in _by_relation(forget)}
     parts = {
         name: tuple(of[fact.key] for fact in getattr(split, name))
         for name in ("forget_shown", "attack_dev", "forget_hidden")

@@ -14,7 +14,7 @@ from mechunlearn.activations import Place, exact, hooked, last_logits, untouched
 from mechunlearn.components import ROLES, ComponentScores
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize import LOCALIZERS
-from mechunlearn.localize.pairs import Pair, align, batches, build_pairs, describe_pairs
+from mechunlearn.localize.pairs import Donors, Pair, align, batches, build_pairs, describe_pairs
 from mechunlearn.localize.patching import Exchange, exchange, place_of
 from mechunlearn.localize.scoring import RoleGroup, clean_roles, exact_scores, whole
 from mechunlearn.models import Model, all_components
@@ -34,6 +34,7 @@ def activation_patching(
     kinds: tuple[Literal["mlp", "attention", "head"], ...] = ("mlp", "attention"),
     roles: tuple[RoleGroup, ...] = ROLES,
     pairs_per_fact: Annotated[int, Field(ge=1)] = 1,
+    donors: Donors = "other_answer",
     batch_size: Annotated[int, Field(ge=1)] = 64,
     seed: Annotated[int, Field(ge=0)] = 0,
 ) -> ComponentScores:
@@ -54,10 +55,12 @@ def activation_patching(
         kinds: "head" changes one head's z before the output projection.
         roles: a column each; "subject" and "all" change all tokens of the subject, or of the prompt, at once.
         pairs_per_fact: donors per fact (see `pairs.build_pairs`); for resample, other facts drawn.
+        donors: "same_answer" gives the scores' null distribution, see `shuffled_pairs`; for denoise and noise.
         batch_size: pairs recorded at once, and half the changed runs at once.
 
     Raises:
-        ValueError: no facts, no or repeated kinds or roles, or a fact that cannot be paired.
+        ValueError: no facts, no or repeated kinds or roles, a fact that cannot be paired, or donors with the same
+            answer for a form without donors.
 
     Differs from the source: tokens are aligned by role, so prompts may differ in length; a single fact is resampled
         from its own prompt with random tokens as subject.
@@ -69,7 +72,12 @@ def activation_patching(
             raise ValueError(
                 f"activation_patching: option '{option}': got {list(given)}, allowed: one or more, each once"
             )
-    pairs = build_pairs(model, facts, pairs_per_fact=pairs_per_fact, seed=seed)
+    if donors == "same_answer" and form not in ("denoise", "noise"):
+        raise ValueError(
+            f"activation_patching: option 'donors': got {donors!r} with form {form!r}, allowed: denoise and noise; the "
+            "other forms take no donor's values"
+        )
+    pairs = build_pairs(model, facts, pairs_per_fact=pairs_per_fact, donors=donors, seed=seed)
     described = describe_pairs(pairs)
     if form == "resample":
         pairs = resampled(pairs, facts, seed)
@@ -107,6 +115,7 @@ def activation_patching(
             "kinds": list(kinds),
             "roles": list(roles),
             "pairs_per_fact": pairs_per_fact,
+            "donors": donors,
             "batch_size": batch_size,
             "seed": seed,
         },

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +16,8 @@ from mechunlearn.facts import Fact
 from mechunlearn.models import Model
 from mechunlearn.prompts import candidates, encode_answers, token_roles, tokenizer_of
 
+Donors = Literal["other_answer", "same_answer"]
+"""Whose run is the corrupt one: subjects with another answer, or with the same (a null distribution)."""
 SUBJECT_ROLES = ("subject_first", "subject_middle", "subject_last")
 _MOST_TRIED = 64  # donors tokenised per fact while looking for one with as many subject tokens
 
@@ -80,7 +83,14 @@ class PairBatch:
         return changed
 
 
-def build_pairs(model: Model, facts: Sequence[Fact], *, pairs_per_fact: int = 1, seed: int = 0) -> tuple[Pair, ...]:
+def build_pairs(
+    model: Model,
+    facts: Sequence[Fact],
+    *,
+    pairs_per_fact: int = 1,
+    donors: Donors = "other_answer",
+    seed: int = 0,
+) -> tuple[Pair, ...]:
     """Give every fact up to `pairs_per_fact` corrupt runs.
 
     A donor is another subject of the same relation with another answer, asked with the fact's own template. Donors
@@ -90,8 +100,14 @@ def build_pairs(model: Model, facts: Sequence[Fact], *, pairs_per_fact: int = 1,
     tokens, these are appended to both prompts. A fact without any donor (a single fact) is corrupted by random tokens
     in the subject's place, with a wrong candidate as counterfactual.
 
+    Args:
+        donors: "same_answer" takes donors that share the fact's answer: nothing that tells the answers apart changes
+            between the two runs. The counterfactual is then a wrong candidate (without candidates, another answer of
+            the relation), drawn for each pair with the seed.
+
     Raises:
-        ValueError: no facts; a fact without donor that has no wrong candidate; answers that cannot be told apart.
+        ValueError: no facts; a fact without donor that has no wrong candidate; answers that cannot be told apart; with
+            "same_answer" a fact whose answer no other subject has.
     """
     if not facts:
         raise ValueError("localizer: got no facts, allowed: at least one")
@@ -102,12 +118,15 @@ def build_pairs(model: Model, facts: Sequence[Fact], *, pairs_per_fact: int = 1,
     builder = _Builder(model, facts)
     pairs: list[Pair] = []
     for index, fact in enumerate(facts):
-        pool = pools[fact.relation]
-        too = {other.subject for other in pool if other.target_true == fact.target_true} | {fact.subject}
-        donors = [other for other in pool if other.subject not in too]
-        rng = random.Random(f"{seed} {fact.key}")
-        rng.shuffle(donors)
-        found = builder.from_donors(index, fact, donors, pairs_per_fact)
+        pool, rng = pools[fact.relation], random.Random(f"{seed} {fact.key}")
+        alike = {other.subject for other in pool if other.target_true == fact.target_true} - {fact.subject}
+        if donors == "same_answer":
+            pairs += builder.from_donors(index, fact, builder.same_answer(fact, alike, pool, rng), pairs_per_fact)
+            continue
+        too = alike | {fact.subject}
+        others = [(other.subject, other.target_true) for other in pool if other.subject not in too]
+        rng.shuffle(others)
+        found = builder.from_donors(index, fact, others, pairs_per_fact)
         pairs += found or [builder.from_random_tokens(index, fact, rng) for _ in range(pairs_per_fact)]
     return tuple(pairs)
 
@@ -152,17 +171,35 @@ class _Builder:
             self.prompts[key] = (tuple(ids), roles)
         return self.prompts[key]
 
-    def from_donors(self, index: int, fact: Fact, donors: Sequence[Fact], n: int) -> list[Pair]:
-        """Up to n pairs, closest subject lengths first."""
+    def from_donors(self, index: int, fact: Fact, donors: Sequence[tuple[str, str]], n: int) -> list[Pair]:
+        """Up to n pairs with these (subject, counterfactual answer), closest subject lengths first."""
         length = len(self.prompt(fact, fact.subject)[0])
-        usable = list(islice((d for d in donors if self.differ(fact, d.target_true)), max(n, _MOST_TRIED)))
-        usable.sort(key=lambda donor: abs(len(self.prompt(fact, donor.subject)[0]) - length))
-        chosen = [(d.subject, d.target_true) for d in usable[:n]]
-        return [self.pair(index, fact, donor, answer, *self.prompt(fact, donor)) for donor, answer in chosen]
+        usable = list(islice((d for d in donors if self.differ(fact, d[1])), max(n, _MOST_TRIED)))
+        usable.sort(key=lambda donor: abs(len(self.prompt(fact, donor[0])[0]) - length))
+        return [self.pair(index, fact, donor, answer, *self.prompt(fact, donor)) for donor, answer in usable[:n]]
+
+    def same_answer(
+        self, fact: Fact, alike: set[str], pool: Sequence[Fact], rng: random.Random
+    ) -> list[tuple[str, str]]:
+        """The subjects that share the fact's answer in a drawn order, each with a wrong answer drawn for it."""
+        wrong = self.wrong(fact) or [
+            other for other in sorted({f.target_true for f in pool} - {fact.target_true}) if self.differ(fact, other)
+        ]
+        if not alike or not wrong:
+            lacks = f"other answer than {fact.target_true!r}" if alike else f"other subject with {fact.target_true!r}"
+            raise ValueError(f"pairs with the same answer: fact {fact.key} has no {lacks}; give more facts of "
+                             "this relation, or leave this one out")  # fmt: skip
+        subjects = sorted(alike)
+        rng.shuffle(subjects)
+        return [(subject, rng.choice(wrong)) for subject in subjects]
+
+    def wrong(self, fact: Fact) -> list[str]:
+        """The candidates that can be told from the true answer."""
+        return [answer for answer in candidates(fact) if answer != fact.target_true and self.differ(fact, answer)]
 
     def from_random_tokens(self, index: int, fact: Fact, rng: random.Random) -> Pair:
         """The fact against its own prompt with random tokens as subject."""
-        wrong = [answer for answer in candidates(fact) if answer != fact.target_true and self.differ(fact, answer)]
+        wrong = self.wrong(fact)
         if not wrong:
             raise ValueError(
                 f"localizer: fact {fact.key} has no donor (same relation, another subject and answer) and no wrong "

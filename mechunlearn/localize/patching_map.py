@@ -15,6 +15,7 @@ from mechunlearn.localize.pairs import build_pairs, to_batch
 from mechunlearn.localize.patching import component_effects, exchange, place_of
 from mechunlearn.localize.scoring import measure_of
 from mechunlearn.models import Model, all_components
+from mechunlearn.prompts import token_texts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,9 +70,8 @@ def patching_map(
         effects = component_effects(model, given, components, one_token_each, measure_of(batch, "logit_diff"))[0]
     values = np.zeros((len(components), len(pair.clean)))
     values[:, [c for c, _, _ in pair.aligned]] = effects.double().cpu().numpy() / (clean - corrupt)
-    tokens = tuple(model.tokenizer.convert_ids_to_tokens(list(pair.clean)) if model.tokenizer else map(str, pair.clean))
     return PatchingMap(
-        tokens=tuple(token.replace("Ġ", " ").replace("▁", " ") for token in tokens),
+        tokens=token_texts(model, pair.clean),
         components=components,
         values=values,
         clean=clean,

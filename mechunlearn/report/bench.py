@@ -31,8 +31,10 @@ def bench_figure(bench: VerdictBench) -> go.Figure:
     right, wrong = goals["decided verdicts right"], goals["confidently wrong"]
     subtitle = (
         f"{right['count']} of {right['of']} decided verdicts right, {wrong['count']} wrong; "
-        f"{goals['inconclusive']['count']} of {goals['inconclusive']['of']} inconclusive; "
-        f"{len(set(rows['seed']))} seeds, {max(rows['n_facts'])} hidden facts"
+        f"{goals['inconclusive']['count']} of {goals['inconclusive']['of']} inconclusive, "
+        f"{goals['invalid']['count']} invalid; {goals['suppressed models accepted']['count']} of "
+        f"{goals['suppressed models accepted']['of']} suppressed models accepted; "
+        f"{len(set(rows['seed']))} seeds of the same three models, about {rows['n_facts'].mean():.0f} hidden facts"
     )
     figure.update_layout(barmode="stack", legend={"orientation": "h", "y": -0.16, "traceorder": "normal"})
     return styled(figure, "The verdict on models whose truth is known", subtitle, height=640)
@@ -57,10 +59,11 @@ def _words(figure: go.Figure, rows: pd.DataFrame) -> None:
 
 def _by_facts(figure: go.Figure, verdicts: pd.DataFrame) -> None:
     """Right, wrong and undecided against the number of hidden facts."""
-    numbers = sorted(set(verdicts["n_facts"]))
+    parts = sorted(set(verdicts["share_of_facts"]))
+    numbers = [f"{verdicts.loc[verdicts['share_of_facts'] == part, 'n_facts'].mean():.0f}" for part in parts]
     shares: dict[str, list[float]] = {"right": [], "undecided": [], "wrong": []}
-    for n in numbers:
-        rows = verdicts.loc[verdicts["n_facts"] == n]
+    for part in parts:
+        rows = verdicts.loc[verdicts["share_of_facts"] == part]
         decided = rows["word"].isin(["hidden", "removed"]).to_numpy()
         right = rows["right"].to_numpy(dtype=bool)
         for name, which in (("right", right), ("undecided", ~decided), ("wrong", decided & ~right)):
@@ -69,7 +72,7 @@ def _by_facts(figure: go.Figure, verdicts: pd.DataFrame) -> None:
     for name, (colour, dash) in styles.items():
         figure.add_trace(
             go.Scatter(
-                x=[str(n) for n in numbers], y=shares[name], name=name, mode="lines+markers", showlegend=False,
+                x=numbers, y=shares[name], name=name, mode="lines+markers", showlegend=False,
                 line={"color": colour, "dash": dash}, marker={"size": 9},
                 hovertemplate=name + ": %{y:.0%} with %{x} hidden facts<extra></extra>",
             ),

@@ -85,7 +85,10 @@ def _pictures(run: Run) -> dict[str, list[Markup]]:
     makers: dict[str, list[Callable[[], go.Figure]]] = {
         "verdict": [lambda: figures.shares(run)],
         "arms": [lambda: figures.damage(run), lambda: figures.weight_changes(run)],
-        "where": [lambda: figures.localizer_profiles(run), lambda: figures.localizer_agreement(run)],
+        "where": [
+            lambda: figures.localizer_profiles(run.scores, edited=_edited(run)),
+            lambda: figures.localizer_agreement(run),
+        ],
         "scores": list(_score_figures(run)),
         "curves": [lambda c=c: figures.relearning_curves(c) for c in run.cells],
         "probes": [
@@ -98,6 +101,15 @@ def _pictures(run: Run) -> dict[str, list[Markup]]:
         section: [picture for i, make in enumerate(made) if (picture := _picture(make, f"{section}-{i}"))]
         for section, made in makers.items()
     }
+
+
+def _edited(run: Run) -> dict[str, list[str]]:
+    """What was edited on the word of each localizer."""
+    found: dict[str, list[str]] = {}
+    for cell in run.cells:
+        if cell.localizer is not None:
+            found.setdefault(cell.localizer, []).extend(cell.components)
+    return found
 
 
 def _score_figures(run: Run) -> Iterator[Callable[[], go.Figure]]:

@@ -27,6 +27,7 @@ ROLE_LABELS = {
     "between": "between",
     "last": "last token",
     "all": "all",
+    "subject_mean": "mean over subject",
 }
 
 

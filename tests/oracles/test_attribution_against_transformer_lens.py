@@ -8,7 +8,7 @@ from mechunlearn.activations import untouched
 from mechunlearn.bridge import build_bridge
 from mechunlearn.components import Component, Kind
 from mechunlearn.facts import FactSet
-from mechunlearn.localize.attribution_patching import first_order_scores
+from mechunlearn.localize.first_order import first_order_scores
 from mechunlearn.localize.pairs import build_pairs, to_batch
 from mechunlearn.models import Model, all_components, wrap_model
 

@@ -127,12 +127,29 @@ def test_fewer_facts_give_fewer_decided_words():
         return (0.05, 0.2) if case.truth == "knows" else (0.05, 0.05)
 
     found = judged(levels)
-    decided = found.verdicts.assign(d=found.verdicts["word"].isin(["hidden", "removed"])).groupby("n_facts")["d"].mean()
-    assert decided[96] >= decided[12]
+    said = found.verdicts.assign(decided=found.verdicts["word"].isin(["hidden", "removed"]))
+    decided = said.groupby("share_of_facts")["decided"].mean()
+    assert decided[1.0] >= decided[0.125]
 
 
-def test_the_figure_shows_every_case_and_every_kind():
-    figure = bench_figure(judged(as_it_is))
-    text = figure.to_json()
-    assert all(case.name in text for case in bench.cases(settings()))
-    assert all(kind in text for kind in settings().suppress)
+def test_seeds_with_other_numbers_of_facts_are_all_counted():
+    one, two = judged(as_it_is), judged(as_it_is)
+    fewer = two.verdicts.assign(seed=1, n_facts=two.verdicts["n_facts"] - 1)
+    both = bench.VerdictBench(
+        verdicts=pd.concat([one.verdicts, fewer]), power=pd.concat([one.power, two.power.assign(seed=1)])
+    )
+    assert set(both.at()["seed"]) == {0, 1}
+    assert both.goals().set_index("what").loc["inconclusive", "of"] == 2 * len(bench.cases(settings()))
+    assert "2 seeds" in bench_figure(both).layout.title.subtitle.text
+
+
+def test_a_bench_that_decides_nothing_or_accepts_nothing_meets_no_goal():
+    found = judged(as_it_is)
+    silent = bench.VerdictBench(
+        verdicts=found.verdicts.assign(word="invalid", right=False), power=found.power.assign(accepted=False)
+    )
+    met = silent.goals().set_index("what")["met"]
+    for what in ("decided verdicts right", "confidently wrong", "inconclusive or invalid", "suppressed models accepted",
+                 "accepted suppressions recovered", "kinds accepted and recovered"):  # fmt: skip
+        assert not met[what], what
+    assert found.goals()["met"].all()

@@ -119,6 +119,14 @@ def test_a_split_of_made_up_facts_keeps_sizes_and_what_is_retained(split):
     made.check()
 
 
+def test_over_the_folds_of_a_rotation_no_made_up_fact_is_hidden_twice(tiny_split):
+    for seed in range(5):
+        folds = [fabricated_split(split, seed=seed) for split in rotations(tiny_split, 3)]
+        hidden = [fact.key for split in folds for fact in split.forget_hidden]
+        assert len(set(hidden)) == len(hidden) == len(tiny_split.forget)
+        assert {fact.key for fact in folds[0].forget} == set(hidden)
+
+
 def test_made_up_facts_of_one_word_subjects_are_other_words(tiny_facts):
     single = [replace(fact, subject=fact.subject.replace(" ", "")) for fact in tiny_facts.of("city")]
     made = fabricate(single)

@@ -311,6 +311,19 @@ def test_roles_rebuilt_from_a_pair_are_those_of_the_tokenizer(tiny_model: MakeMo
         assert clean_roles(pair) == token_roles(model, prompt, facts[pair.fact].subject)[1]
 
 
+def test_donors_with_the_same_answer_are_a_null_for_the_forms_that_have_donors(tiny_model: MakeModel, facts) -> None:
+    model, alike = tiny_model(), [replace(fact, target_true="red") for fact in facts[:2]]
+    null = LOCALIZERS.get("shuffled_pairs").function(model, alike, method="activation_patching", draws=1)
+    direct = activation_patching(model, alike, donors="same_answer")
+    np.testing.assert_array_equal(null.per_fact, direct.per_fact)
+    batch = to_batch(model, build_pairs(model, alike, donors="same_answer"))
+    with torch.no_grad():
+        clean = float(batch.logit_diff(last_logits(model, batch.clean)).mean())
+    assert direct.notes["logit_diff_clean"] == pytest.approx(clean, abs=1e-5)
+    with pytest.raises(ValueError, match="option 'donors': got 'same_answer' with form 'mean', allowed: denoise"):
+        activation_patching(model, facts, donors="same_answer", form="mean")
+
+
 @pytest.mark.parametrize("options", [{"kinds": ()}, {"roles": ()}, {"roles": ("last", "last")}])
 @pytest.mark.parametrize("method", [activation_patching, causal_tracing])
 def test_no_or_repeated_kinds_and_roles_are_one_line(method, options, tiny_model: MakeModel, facts) -> None:

@@ -41,6 +41,13 @@ def test_arms_with_seeds_are_edited_with_these_seeds(tiny_model, tiny_split):
     assert len({task.sides[0].digest for task in tasks}) == 3
 
 
+def test_a_localizer_that_takes_retained_facts_gets_them(tiny_model, tiny_split):
+    settings = check_settings(BASIC | {"localize": {"forget_retain_contrast": {"max_retain": 7}}}, "test")
+    scores = experiment.localize(stage_of(settings, tiny_model(), tiny_split), "forget_retain_contrast")
+    assert len(tiny_split.retain_train) > 7
+    assert scores.notes["n_retain"] == 7
+
+
 def test_every_seed_has_a_side_and_a_null_of_its_own_and_equal_sides_are_judged_once(tiny_model, tiny_split):
     settings = check_settings(BASIC | {"twin": "other", "second_twin": "third", "seeds": 3}, "test")
     stage = stage_of(settings, tiny_model(), tiny_split)

@@ -13,6 +13,7 @@ ORDER = (
         "registry",
         "facts",
         "files",
+        "html_card",
         "components",
         "statistics",
         "power",
@@ -38,6 +39,8 @@ ORDER = (
     ("experiment",),
     ("bench",),
     ("report",),
+    ("exploration",),
+    ("explorer",),
     ("stages",),
     ("cli",),
 )

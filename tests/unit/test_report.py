@@ -263,7 +263,7 @@ def test_every_figure_builds_and_has_data(run):
     made = [
         figures.component_by_role(run.scores["attribution_patching"]),
         figures.layer_by_head(run.scores["heads"]),
-        figures.localizer_profiles(run),
+        figures.localizer_profiles(run.scores),
         figures.localizer_agreement(run),
         figures.shares(run),
         figures.damage(run),
@@ -334,7 +334,7 @@ def test_figures_without_data_say_what_is_missing(run):
     for make in (
         figures.shares,
         figures.damage,
-        figures.localizer_profiles,
+        lambda empty: figures.localizer_profiles(empty.scores),
         figures.localizer_agreement,
         figures.weight_changes,
     ):

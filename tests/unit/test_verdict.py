@@ -1,9 +1,10 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from mechunlearn.evidence import AttackEvidence, PositiveControl
+from mechunlearn.evidence import AttackEvidence, PositiveControl, gather_evidence
 from mechunlearn.verdict import Verdict, decide, demonstrate_power
 
 ORIGINAL, NULL = 0.9, 0.1
@@ -27,6 +28,29 @@ def attack(
 
 def judge(*evidence: AttackEvidence, controls=RECOVERED, **options) -> Verdict:
     return decide(evidence, original=ORIGINAL, null_before=NULL, controls=controls, draws=1000, **options)
+
+
+@pytest.fixture
+def made_up():
+    """`made_up(seeds)`: the same results under every seed, and those for 40 made-up facts."""
+
+    class Scored(SimpleNamespace):
+        def hidden_scores(self):
+            return self.scores
+
+    def results(seeds: int) -> tuple[list[Scored], list[Scored]]:
+        rng = np.random.default_rng(0)
+        real = {f"fact {i}": 0.2 for i in range(N)}
+        other = {f"made up {i}": float(p) for i, p in enumerate(rng.random(40))}
+        shared = {
+            "attack": "relearning",
+            "zero_budget": False,
+            "decides": True,
+            "health": SimpleNamespace(healthy=True),
+        }
+        return tuple([Scored(**shared, seed=s, scores=scores) for s in range(seeds)] for scores in (real, other))
+
+    return results
 
 
 def nothing_back() -> list[AttackEvidence]:
@@ -100,6 +124,26 @@ def test_an_attack_without_demonstrated_power_never_decides():
     assert judge(evidence[0], controls=only).label == "inconclusive"  # asking alone cannot show removal
 
 
+def test_an_attack_without_shown_power_withholds_removed_before_its_bound_is_certain():
+    only = (PositiveControl(kind="lora", recovered_by=("probing",)),)
+    evidence = nothing_back()
+    evidence[1] = attack("relearning", 0.14, n=120, spread=0.25)
+    evidence[0], evidence[2] = attack("asking", 0.0, n=120), attack("probing", 0.0, n=120, noise_seed=2)
+    verdict = judge(*evidence, controls=only)
+    assert verdict.rows[1].lower < 0.1 < verdict.rows[1].share
+    assert verdict.label == "inconclusive"
+    assert "no demonstrated power" in verdict.reason
+
+
+def test_a_twin_that_was_not_edited_alike_cannot_show_removal_but_can_show_hiding():
+    verdict = judge(*nothing_back(), alike=False)
+    assert verdict.label == "inconclusive"
+    assert "not edited like the model" in verdict.reason
+    assert any("another tool" in caveat for caveat in verdict.caveats)
+    hidden = [attack("relearning", 0.6), *nothing_back()[::2]]
+    assert judge(*hidden, alike=False).label == "hidden"
+
+
 def test_asking_may_recover_a_suppressed_model_but_shows_no_power_to_remove():
     evidence = [attack("asking", 0.6), attack("relearning", 0.6), attack("probing", 0.0)]
     shown = demonstrate_power("lora", evidence, original=ORIGINAL, null_before=NULL)
@@ -160,6 +204,12 @@ def test_few_fabricated_facts_widen_the_interval():
     few = judge(replace(wide, null=tuple(rng.random(10))), null="proxy").rows[0]
     many = judge(replace(wide, null=tuple(rng.random(2000))), null="proxy").rows[0]
     assert few.upper - few.lower > 3 * (many.upper - many.lower)
+
+
+def test_the_same_made_up_facts_under_more_seeds_are_no_more_facts(made_up):
+    one, five = (judge(gather_evidence(*made_up(seeds), paired=False), null="proxy").rows[0] for seeds in (1, 5))
+    assert len(gather_evidence(*made_up(5), paired=False).null) == 40
+    assert five.share - five.lower > 0.8 * (one.share - one.lower)
 
 
 ORDER = {"removed": 0, "inconclusive": 1, "hidden": 2}

@@ -1,0 +1,225 @@
+"""What the explorer computes, against direct computation; its widgets show it without a browser."""
+
+import base64
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from mechunlearn.components import ROLES, Component
+from mechunlearn.exploration import Exploration, roles_of
+from mechunlearn.explorer import Explorer, explore
+from mechunlearn.localize.pairs import build_pairs, to_batch
+from mechunlearn.models import attention_write, head_input, mlp_neurons, mlp_write
+from mechunlearn.prompts import token_roles
+
+
+@pytest.fixture(scope="module")
+def facts(tiny_facts):
+    return tiny_facts.of("colour").facts[:12]
+
+
+@pytest.fixture(scope="module")
+def exploration(tiny_model, facts):
+    return Exploration(tiny_model("llama"), facts)
+
+
+@torch.no_grad()
+def _logits(model, ids):
+    return model.hf(torch.tensor([ids])).logits[0, -1].double()
+
+
+def _difference(pair, logits):
+    return float(logits[pair.answer] - logits[pair.counterfactual])
+
+
+def test_the_two_runs_are_the_models_own(exploration):
+    pair, runs = exploration.pairs[3], exploration.runs(3)
+    for ids, found, p in (
+        (pair.clean, runs.outcome.logit_diff_before, runs.outcome.before),
+        (pair.corrupt, runs.outcome.logit_diff_after, runs.outcome.after),
+    ):
+        logits = _logits(exploration.model, ids)
+        assert found == pytest.approx(_difference(pair, logits), abs=1e-5)
+        assert p[runs.outcome.true] == pytest.approx(float(logits.softmax(-1)[pair.answer]), abs=1e-6)
+    assert len(runs.clean) == len(pair.clean)
+    assert runs.donor == pair.donor
+
+
+def test_roles_of_a_pair_are_those_of_its_prompt(exploration, facts):
+    for i, fact in enumerate(facts):
+        pair = exploration.pairs[i]
+        if pair.end == len(pair.clean) - 1:
+            assert roles_of(pair) == token_roles(exploration.model, fact.ask(fact.prompt), fact.subject)[1]
+        batch = to_batch(exploration.model, [pair])
+        for at, role in zip(batch.clean_positions[0].tolist(), batch.roles[0].argmax(-1).tolist(), strict=True):
+            assert roles_of(pair)[at] == ROLES[role]
+
+
+@pytest.mark.parametrize("name", ["m1", "a1", "a1.h2", "m1.n7"])
+@pytest.mark.parametrize("how", ["zero", "mean", "donor"])
+def test_an_intervention_is_what_hooking_the_module_by_hand_gives(any_model, tiny_facts, name, how):
+    facts = tiny_facts.of("colour").facts[:5]
+    exploration, component = Exploration(any_model, facts), Component.parse(name)
+    pair = exploration.pairs[2]
+    reads = {"head": head_input, "neuron": mlp_neurons}.get(component.kind)
+    module = (reads or {"mlp": mlp_write, "attention": attention_write}[component.kind])(any_model, component.layer)
+    width = {"head": any_model.d_head, "neuron": 1}.get(component.kind)
+    columns = slice(0, None) if width is None else slice(component.index * width, (component.index + 1) * width)
+    seen = []
+
+    def record(_module, inputs, output):
+        seen.append((inputs[0] if reads else output[0] if isinstance(output, tuple) else output)[0].detach())
+
+    handle = module.register_forward_hook(record)
+    runs = [other.clean for other in exploration.pairs.values()] + [pair.corrupt]
+    for ids in runs:
+        _logits(any_model, ids)
+    handle.remove()
+    position = max(pair.subject)
+    rows = [
+        value[i, columns] for value, other in zip(seen, exploration.pairs.values(), strict=False)
+        for i, role in enumerate(roles_of(other)) if role == "subject_last"
+    ]  # fmt: skip
+    partner = {c: k for c, k, _ in pair.aligned}[position]
+    new = {"zero": 0.0, "mean": torch.stack(rows).mean(0), "donor": seen[-1][partner, columns]}[how]
+
+    def put(value):
+        value = value.clone()
+        value[0, position, columns] = new
+        return value
+
+    if reads:
+        handle = module.register_forward_pre_hook(lambda _m, inputs: (put(inputs[0]), *inputs[1:]))
+    else:
+        handle = module.register_forward_hook(
+            lambda _m, _i, output: (put(output[0]), *output[1:]) if isinstance(output, tuple) else put(output)
+        )
+    expected = _difference(pair, _logits(any_model, pair.clean))
+    handle.remove()
+    found = exploration.intervene(2, component, how, position)
+    assert found.logit_diff_after == pytest.approx(expected, abs=1e-5)
+    assert found.logit_diff_before == pytest.approx(_difference(pair, _logits(any_model, pair.clean)), abs=1e-5)
+
+
+def test_an_intervention_leaves_the_model_as_it_was(exploration):
+    model = exploration.model
+    before = model.sha256, [p.requires_grad for p in model.hf.parameters()], torch.get_rng_state()
+    exploration.intervene(0, Component("head", 1, 0), "mean")
+    with pytest.raises(ValueError, match="allowed: zero, mean, donor"):
+        exploration.intervene(0, Component("mlp", 1), "nothing")  # pyright: ignore[reportArgumentType]
+    assert model.sha256 == before[0]
+    assert [p.requires_grad for p in model.hf.parameters()] == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
+
+
+@pytest.mark.parametrize("component", [Component("mlp", 3), Component("head", 0, 4), Component("neuron", 0, 48)])
+def test_a_component_that_the_model_lacks_is_refused(exploration, component):
+    with pytest.raises(ValueError, match=f"got {component}, allowed: layers 0 to 2, heads 0 to 3, neurons 0 to 47"):
+        exploration.intervene(0, component, "zero")
+
+
+def test_a_token_or_fact_that_is_not_there_is_refused(exploration):
+    with pytest.raises(ValueError, match="allowed: zero, mean, donor at 0 to"):
+        exploration.intervene(0, Component("mlp", 0), "zero", 99)
+    with pytest.raises(ValueError, match="got number 12, allowed: 0 to 11"):
+        exploration.runs(12)
+
+
+def test_scores_at_tokens_sum_to_the_facts_own_scores(exploration):
+    for localizer in ("attribution_patching", "resample_ablation", "gradient_norm"):
+        scores = exploration.scores(localizer)
+        assert exploration.scores(localizer) is scores  # kept
+        values = exploration.token_scores(1, scores)
+        assert values.shape == (len(scores.components), len(exploration.tokens(1)))
+        np.testing.assert_allclose(values.sum(axis=1), scores.per_fact[1].sum(axis=1), atol=1e-12)
+    patching = exploration.scores("attribution_patching")
+    last = exploration.token_scores(1, patching)[:, -1]
+    np.testing.assert_allclose(last, patching.per_fact[1, :, ROLES.index("last")])
+
+
+def test_a_metric_is_passed_on_and_unknown_ones_are_refused(exploration):
+    assert exploration.metrics("resample_ablation") == ("logit_diff", "accuracy")
+    assert exploration.metrics("random_components") == ()
+    assert exploration.scores("resample_ablation", "accuracy").metric == "accuracy"
+    with pytest.raises(ValueError, match="option 'metric': got 'loss', allowed"):
+        exploration.scores("resample_ablation", "loss")
+    with pytest.raises(ValueError, match="Did you mean 'attribution_patching'"):
+        exploration.scores("attribution_patchin")
+
+
+def test_the_donor_of_the_maps_is_the_donor_of_the_runs(exploration):
+    for fact in range(4):
+        assert exploration.patching(fact).donor == exploration.runs(fact).donor
+
+
+def test_the_lens_ends_in_what_the_model_says(any_model, tiny_facts):
+    fact = tiny_facts.of("colour").facts[0]
+    lens = Exploration(any_model, tiny_facts.of("colour").facts[:4]).lens(0)
+    ids = token_roles(any_model, fact.ask(fact.prompt), fact.subject)[0]
+    p = _logits(any_model, ids).softmax(-1)
+    pair = next(p for p in build_pairs(any_model, tiny_facts.of("colour").facts[:4]) if p.fact == 0)
+    assert lens.p_answer.shape == lens.p_top.shape == (len(lens.streams), len(ids))
+    assert lens.p_answer[-1, -1] == pytest.approx(float(p[pair.answer]), abs=1e-5)
+    assert lens.p_top[-1, -1] == pytest.approx(float(p.max()), abs=1e-5)
+
+
+def test_every_choice_in_the_explorer_is_shown(tiny_model, facts, exploration):
+    explorer = explore(tiny_model("llama"), facts, view="all facts")
+    for view in explorer.views:
+        explorer.view.value = view
+        assert _figure(explorer.map) is not None, view
+    explorer.view.value = "this prompt"
+    explorer.fact.value = 2
+    assert facts[2].subject in explorer.runs.value
+    assert len(explorer.position.options) == 1 + len(exploration.tokens(2))
+    np.testing.assert_allclose(
+        _array(_figure(explorer.map)["data"][0]["z"]),
+        exploration.token_scores(2, exploration.scores("attribution_patching", "logit_diff")), atol=1e-6,
+    )  # fmt: skip
+    explorer.component.value, explorer.how.value = "a1.h2", "donor"
+    explorer.position.value = 1
+    outcome = exploration.intervene(2, Component("head", 1, 2), "donor", 1)
+    np.testing.assert_allclose(
+        _array(_figure(explorer.changed)["data"][1]["x"]), list(outcome.after.values()), atol=1e-6
+    )
+
+
+def test_what_cannot_be_shown_says_why(exploration):
+    explorer = Explorer(exploration, localizer="attribution_patching", view="all facts")
+    explorer.component.value = "<b>"
+    (said,) = explorer.changed.children
+    assert "allowed: m3 (MLP)" in said.value
+    assert "<b>'" not in said.value
+    explorer.localizer.value = "forget_retain_contrast"
+    (said,) = explorer.map.children
+    assert "retain" in said.value
+    with pytest.raises(ValueError, match="got view 'no', allowed: this prompt"):
+        explore(exploration.model, exploration.facts, view="no")
+
+
+def test_a_click_chooses_component_and_token(exploration):
+    explorer = Explorer(exploration, localizer="attribution_patching", view="this prompt")
+    trace = SimpleNamespace(x=("a", "b"), y=("m0", "m2"), customdata=[["m0", "m0"], ["m2", "m2"]])
+    explorer.click(trace, SimpleNamespace(xs=["b"], ys=["m2"]))
+    assert (explorer.component.value, explorer.position.value) == ("m2", 1)
+    explorer.view.value = "all facts"
+    explorer.click(trace, SimpleNamespace(xs=["a"], ys=["m0"]))
+    assert (explorer.component.value, explorer.position.value) == ("m0", None)
+
+
+def _figure(area):
+    (shown,) = area.children
+    if hasattr(shown, "outputs"):
+        return shown.outputs[0]["data"]["application/vnd.plotly.v1+json"]
+    return shown.to_plotly_json()
+
+
+def _array(values):
+    """Numbers as plotly may send them: in base64."""
+    if not isinstance(values, dict):
+        return np.array(values)
+    array = np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"])
+    return array.reshape([int(n) for n in values["shape"].split(",")]) if "shape" in values else array
