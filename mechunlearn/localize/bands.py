@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechunlearn.activations import Change, Place, hooked, last_logits, untouched
 from mechunlearn.facts import Fact
-from mechunlearn.localize.pairs import SUBJECT_ROLES, PairBatch, batches, build_pairs
+from mechunlearn.localize.pairs import SUBJECT_ROLES, PairBatch, batches, build_pairs, record_donor
 from mechunlearn.models import Model
 
 AblationRole = Literal["subject", "last", "all"]
@@ -85,15 +85,6 @@ def ablate_bands(
                 ]
     columns = ["fact", "first", "last", "role", "has_donor", "clean", "correct", "donor"]
     return pd.DataFrame(rows, columns=pd.Index(columns))
-
-
-def record_donor(
-    model: Model, batch: PairBatch, places: Sequence[Place]
-) -> dict[Place, Float[Tensor, "batch pos d_model"]]:
-    """What the places write on the corrupt run."""
-    with hooked(model, record=places) as seen:
-        last_logits(model, batch.corrupt)
-    return seen
 
 
 def ablated_logits(

@@ -11,7 +11,7 @@ from torch import Tensor
 from mechunlearn.activations import Change, Place, hooked, last_logits, untouched
 from mechunlearn.components import ROLES, Component
 from mechunlearn.facts import Fact
-from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs
+from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs, record_donor
 from mechunlearn.models import Model
 
 Sublayer = Literal["mlp", "attention"]
@@ -51,8 +51,7 @@ def _effects(
     places = [_place(component) for component in components]
     with hooked(model, record=[*dict.fromkeys((*kept, *places))]) as own:
         clean = batch.logit_diff(last_logits(model, batch.clean))
-    with hooked(model, record=places) as donor:
-        last_logits(model, batch.corrupt)
+    donor = record_donor(model, batch, places)
     effects = torch.zeros(len(clean), len(components), len(ROLES), device=clean.device, dtype=clean.dtype)
     present = [role for i, role in enumerate(ROLES) if bool(batch.roles[..., i].any())]
     for number, place in enumerate(places):

@@ -13,8 +13,8 @@ from mechunlearn.activations import Place, last_logits, untouched
 from mechunlearn.components import ROLES, Component, ComponentScores, Kind
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize import LOCALIZERS
-from mechunlearn.localize.gates import gated_logits, hard_concrete, probability_open, record_donor, settled
-from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs
+from mechunlearn.localize.gates import gated_logits, hard_concrete, probability_open, settled
+from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs, record_donor
 from mechunlearn.models import Model, all_components
 
 _START = 2.0  # gates start open: P(gate > 0) = 0.97

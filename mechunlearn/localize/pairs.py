@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechunlearn.activations import Tokens, pad
+from mechunlearn.activations import Place, Tokens, hooked, last_logits, pad
 from mechunlearn.components import ROLES
 from mechunlearn.facts import Fact
 from mechunlearn.models import Model
@@ -153,6 +153,13 @@ def to_batch(model: Model, pairs: Sequence[Pair]) -> PairBatch:
         corrupt_positions=table[..., 1],
         roles=(table[..., 2:] == torch.arange(len(ROLES), device=model.device)).float(),
     )
+
+
+def record_donor(model: Model, batch: PairBatch, places: Sequence[Place]) -> dict[Place, Tensor]:
+    """What the places hold on the corrupt run."""
+    with torch.no_grad(), hooked(model, record=places) as seen:
+        last_logits(model, batch.corrupt)
+    return seen
 
 
 class _Builder:

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from mechunlearn.activations import last_logits, untouched
-from mechunlearn.localize.gates import gated_logits, hard_concrete, probability_open, record_donor
+from mechunlearn.localize.gates import gated_logits, hard_concrete, probability_open
 from mechunlearn.localize.learned_mask import learned_mask
-from mechunlearn.localize.pairs import build_pairs, to_batch
+from mechunlearn.localize.pairs import build_pairs, record_donor, to_batch
 from mechunlearn.models import Model, all_components, mlp_neurons
 
 
