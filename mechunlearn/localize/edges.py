@@ -16,7 +16,7 @@ from mechunlearn.activations import Place, exact, hooked, last_logits, untouched
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.html_card import html_card
 from mechunlearn.localize.first_order import SIGN, difference, run
-from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs
+from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs, fact_means
 from mechunlearn.models import (
     Model,
     NotSupported,
@@ -113,15 +113,12 @@ def edge_attribution_patching(
         readers += [f"a{layer}.{shared}{g}.{part}" for part in "kv" for g in kv]
         readers += [f"m{layer}"]
         writers += [*(f"a{layer}.h{h}" for h in heads), f"m{layer}"]
-    total = np.zeros((len(facts), len(writers), len(readers) + 1))
     with untouched(model):
-        for batch in batches(model, pairs, batch_size):
-            scores = edge_scores(model, batch)
-            np.add.at(total, [pair.fact for pair in batch.pairs], scores.double().cpu().numpy())
-    n_pairs = np.bincount([pair.fact for pair in pairs], minlength=len(facts))
+        scored = ((batch, edge_scores(model, batch)) for batch in batches(model, pairs, batch_size))
+        per_fact = fact_means(len(facts), scored)
     return EdgeScores(
         metric="logit_diff", sign=SIGN.replace("component's value", "writer's value, as this reader sees it,"),
-        writers=tuple(writers), readers=(*readers, "logits"), per_fact=total / n_pairs[:, None, None],
+        writers=tuple(writers), readers=(*readers, "logits"), per_fact=per_fact,
         options={"pairs_per_fact": pairs_per_fact, "batch_size": batch_size, "seed": seed},
         facts_sha256=hash_facts(facts), notes=describe_pairs(pairs),
     )  # fmt: skip

@@ -8,15 +8,16 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 from scipy.stats import false_discovery_control, ttest_1samp
+from torch import Tensor
 
 from mechunlearn.activations import Place, untouched
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize import LOCALIZERS
-from mechunlearn.localize.pairs import Pair, batches, build_pairs, describe_pairs
-from mechunlearn.localize.patching import Exchange, exchange
-from mechunlearn.localize.paths import Receiver, direct_effects, path_effect
-from mechunlearn.localize.scoring import at_roles, measure_of
+from mechunlearn.localize.pairs import batches, build_pairs, describe_pairs, fact_means
+from mechunlearn.localize.patching import Exchange, Measure, exchange
+from mechunlearn.localize.paths import Changed, Receiver, direct_effects, path_effect
+from mechunlearn.localize.scoring import RoleGroup, at_roles, measure_of
 from mechunlearn.models import Model, all_components
 
 
@@ -65,31 +66,25 @@ def fact_lookup_paths(
         )
     pairs = build_pairs(model, facts, pairs_per_fact=pairs_per_fact, seed=seed)
     heads, mlps = all_components(model, ("head",)), all_components(model, ("mlp",))
-    direct, effects = np.zeros((len(facts), len(heads))), np.zeros((len(facts), len(mlps)))
-    head_places: list[Place] = [("head", layer) for layer in range(model.n_layers)]
-    mlp_places: list[Place] = [("mlp", layer) for layer in range(model.n_layers)]
 
-    def prepared(places: Sequence[Place]) -> Iterator[tuple[list[int], Exchange]]:
+    def prepared(kind: Literal["head", "mlp"], role: RoleGroup) -> Iterator[tuple[Exchange, Changed, Measure]]:
+        places: list[Place] = [(kind, layer) for layer in range(model.n_layers)]
         for batch in batches(model, pairs, batch_size):
-            yield [pair.fact for pair in batch.pairs], exchange(model, batch, places, restore=form == "denoise")
+            given = exchange(model, batch, places, restore=form == "denoise")
+            yield given, given.cells(at_roles(batch, (role,)))[0], measure_of(batch, "logit_diff")
 
     with untouched(model), torch.no_grad():
-        for rows, given in prepared(head_places):
-            changed = given.cells(at_roles(given.batch, ("all",)))[0]
-            found = direct_effects(model, given, heads, changed, measure_of(given.batch, "logit_diff"))
-            np.add.at(direct, rows, found.T.double().cpu().numpy())
-        direct /= _pairs_of(pairs, len(facts))
-        chosen, tested = extraction_heads(heads, direct, fdr=fdr, max_heads=max_heads)
+        scored = (
+            (given.batch, direct_effects(model, given, heads, changed, measure).T)
+            for given, changed, measure in prepared("head", "all")
+        )
+        chosen, tested = extraction_heads(heads, fact_means(len(facts), scored), fdr=fdr, max_heads=max_heads)
         receivers = receivers_of(model, chosen)
-        for rows, given in prepared(mlp_places):
-            changed = given.cells(at_roles(given.batch, ("subject",)))[0]
-            for layer, sender in enumerate(mlps):
-                above = [receiver for receiver in receivers if receiver.layer > layer]
-                if not above:
-                    continue
-                found = path_effect(model, given, [sender], above, changed, measure_of(given.batch, "logit_diff"))
-                np.add.at(effects[:, layer], rows, found.double().cpu().numpy())
-        effects /= _pairs_of(pairs, len(facts))
+        scored = (
+            (given.batch, _along(model, mlps, receivers, given, changed, measure))
+            for given, changed, measure in prepared("mlp", "subject")
+        )
+        effects = fact_means(len(facts), scored)
     return ComponentScores(
         method="fact_lookup_paths",
         metric="logit_diff",
@@ -159,5 +154,13 @@ def receivers_of(model: Model, heads: Sequence[Component]) -> tuple[Receiver, ..
     return tuple(Receiver(part=part, layer=layer, head=head) for layer, head in wanted for part in ("key", "value"))
 
 
-def _pairs_of(pairs: Sequence[Pair], n_facts: int) -> Float[np.ndarray, "fact 1"]:
-    return np.bincount([pair.fact for pair in pairs], minlength=n_facts)[:, None]
+def _along(
+    model: Model, mlps: Sequence[Component], receivers: Sequence[Receiver], given: Exchange, changed: Changed,
+    measure: Measure,
+) -> Float[Tensor, "batch mlp"]:  # fmt: skip
+    """What each MLP does through the receivers above it."""
+    effects = given.run.logits.new_zeros(len(changed), len(mlps))
+    for column, sender in enumerate(mlps):
+        if above := [receiver for receiver in receivers if receiver.layer > sender.layer]:
+            effects[:, column] = path_effect(model, given, [sender], above, changed, measure)
+    return effects

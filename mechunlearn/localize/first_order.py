@@ -1,6 +1,6 @@
 """One engine for every first-order score: the difference of two runs' activations times a gradient, place by place."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.activations import Change, Place, Tokens, exact, hooked, last_logits, untouched
-from mechunlearn.components import ROLES, Component, ComponentScores
+from mechunlearn.components import Component, ComponentScores
 from mechunlearn.facts import Fact, hash_facts
-from mechunlearn.localize.pairs import Donors, PairBatch, batches, build_pairs, describe_pairs
+from mechunlearn.localize.pairs import Donors, PairBatch, batches, build_pairs, describe_pairs, fact_means
 from mechunlearn.models import Model, all_components
 
 Form = Literal["denoise", "noise", "both"]
@@ -52,21 +52,23 @@ def score_pairs(
         raise ValueError(f"{method}: option 'kinds': got none, allowed: mlp, attention, head, neuron")
     pairs = build_pairs(model, facts, pairs_per_fact=pairs_per_fact, donors=donors, seed=seed)
     components = all_components(model, tuple(dict.fromkeys(kinds)))
-    total = np.zeros((len(facts), len(components), len(ROLES)))
     metrics: list[tuple[float, float]] = []
-    with untouched(model), rule or nullcontext():
+
+    def scored() -> Iterator[tuple[PairBatch, Tensor]]:
         for batch in batches(model, pairs, batch_size):
             scores, clean, corrupt = score(batch, components)
-            np.add.at(total, [pair.fact for pair in batch.pairs], scores.double().cpu().numpy())
-            metrics += zip(clean.tolist(), corrupt.tolist(), strict=True)
-    n_pairs = np.bincount([pair.fact for pair in pairs], minlength=len(facts))
+            metrics.extend(zip(clean.tolist(), corrupt.tolist(), strict=True))
+            yield batch, scores
+
+    with untouched(model), rule or nullcontext():
+        per_fact = fact_means(len(facts), scored())
     clean_mean, corrupt_mean = np.mean(metrics, axis=0)
     return ComponentScores(
         method=method,
         metric="logit_diff",
         sign=sign,
         components=components,
-        per_fact=total / n_pairs[:, None, None],
+        per_fact=per_fact,
         options={**options, "kinds": list(kinds), "pairs_per_fact": pairs_per_fact, "donors": donors,
                  "batch_size": batch_size, "seed": seed},
         facts_sha256=hash_facts(facts),

@@ -11,7 +11,7 @@ from torch import Tensor
 from mechunlearn.activations import Change, Place, hooked, last_logits, untouched
 from mechunlearn.components import ROLES, Component
 from mechunlearn.facts import Fact
-from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs, record_donor
+from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs, fact_means, record_donor
 from mechunlearn.models import Model
 
 Sublayer = Literal["mlp", "attention"]
@@ -34,13 +34,9 @@ def held_effects(
     m = logit(true answer) - logit(donor's answer).
     """
     pairs = build_pairs(model, facts, pairs_per_fact=pairs_per_fact, seed=seed)
-    total = np.zeros((len(facts), len(components), len(ROLES)))
     with untouched(model), torch.no_grad():
-        for batch in batches(model, pairs, batch_size):
-            scores = _effects(model, batch, components, held)
-            np.add.at(total, [pair.fact for pair in batch.pairs], scores.double().cpu().numpy())
-    n_pairs = np.bincount([pair.fact for pair in pairs], minlength=len(facts))
-    return total / n_pairs[:, None, None], describe_pairs(pairs)
+        scored = ((batch, _effects(model, batch, components, held)) for batch in batches(model, pairs, batch_size))
+        return fact_means(len(facts), scored), describe_pairs(pairs)
 
 
 def _effects(

@@ -1,11 +1,12 @@
 """Clean and corrupt runs: a fact's prompt beside the same template about another subject with another answer."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -153,6 +154,19 @@ def to_batch(model: Model, pairs: Sequence[Pair]) -> PairBatch:
         corrupt_positions=table[..., 1],
         roles=(table[..., 2:] == torch.arange(len(ROLES), device=model.device)).float(),
     )
+
+
+def fact_means(
+    n_facts: int, scored: Iterable[tuple[PairBatch, Float[Tensor, "batch ..."]]]
+) -> Float[np.ndarray, "fact ..."]:
+    """Scores of batches of pairs, averaged over each fact's pairs."""
+    total, count = np.zeros(()), np.zeros(n_facts)
+    for batch, scores in scored:
+        facts, found = [pair.fact for pair in batch.pairs], scores.double().cpu().numpy()
+        total = total if total.shape else np.zeros((n_facts, *found.shape[1:]))
+        np.add.at(total, facts, found)
+        np.add.at(count, facts, 1)
+    return total / count.reshape(-1, *[1] * (total.ndim - 1))
 
 
 def record_donor(model: Model, batch: PairBatch, places: Sequence[Place]) -> dict[Place, Tensor]:

@@ -1,10 +1,9 @@
 """Path patching: how much of a component's effect goes straight to the answer, and how much through later ones."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field
@@ -14,7 +13,7 @@ from mechunlearn.activations import Place, untouched
 from mechunlearn.components import ROLES, Component, ComponentScores
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize import LOCALIZERS
-from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs
+from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs, fact_means
 from mechunlearn.localize.patching import component_effects, exchange, place_of
 from mechunlearn.localize.paths import FINAL, Receiver, direct_effects, path_effect, total_effect
 from mechunlearn.localize.scoring import Metric, RoleGroup, at_roles, measure_of
@@ -122,8 +121,8 @@ def path_patching(
     pairs = build_pairs(model, facts, pairs_per_fact=pairs_per_fact, seed=seed)
     components = all_components(model, kinds)
     places = sorted({place_of(component) for component in components})
-    total = np.zeros((len(facts), len(components), len(ROLES)))
-    with untouched(model), torch.no_grad():
+
+    def scored() -> Iterator[tuple[PairBatch, Tensor]]:
         for batch in batches(model, pairs, batch_size):
             given, measure = exchange(model, batch, places, restore=form == "denoise"), measure_of(batch, metric)
             selected = at_roles(batch, ROLES)
@@ -139,15 +138,17 @@ def path_patching(
                 ends = changed[:, rows, given.run.tokens.last].T  # [batch role]: the role of the last token
                 straight = straight[:, :, None] * ends[:, None]
                 scores = straight if effect == "direct" else scores - straight
-            np.add.at(total, [pair.fact for pair in batch.pairs], scores.double().cpu().numpy())
-    n_pairs = np.bincount([pair.fact for pair in pairs], minlength=len(facts))
+            yield batch, scores
+
+    with untouched(model), torch.no_grad():
+        per_fact = fact_means(len(facts), scored())
     return ComponentScores(
         method="path_patching",
         metric=metric,
         sign=f"{effect} effect, {'logits' if metric == 'logit_diff' else 'share of pairs'}; positive: the component's "
         "value on the fact's own run supports the true answer",
         components=components,
-        per_fact=total / n_pairs[:, None, None],
+        per_fact=per_fact,
         options={
             "effect": effect,
             "form": form,

@@ -1,6 +1,6 @@
 """From exact effects to scores: which tokens, which metric, and the mean over a fact's pairs."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechunlearn.components import ROLES, Component
-from mechunlearn.localize.pairs import SUBJECT_ROLES, Pair, PairBatch
+from mechunlearn.localize.pairs import SUBJECT_ROLES, Pair, PairBatch, fact_means
 from mechunlearn.localize.patching import Exchange, Measure, component_effects
 from mechunlearn.models import Model
 
@@ -57,22 +57,21 @@ def exact_scores(
     window: int = 1,
 ) -> tuple[Float[np.ndarray, "fact component role"], dict[str, float]]:
     """Effects averaged over each fact's pairs, and the metric's mean on the unchanged runs, by name."""
-    total = np.zeros((n_facts, len(components), len(roles)))
-    count = np.zeros(n_facts)
-    means: dict[str, list[float]] = {}
-    for given in prepared:
-        batch = given.batch
-        measure, rows = measure_of(batch, metric), torch.arange(len(batch.pairs), device=model.device)
-        selected = at_roles(batch, roles)
-        found = component_effects(
-            model, given, components, selected, measure, window=window, batch_size=batch_size
-        )  # fmt: skip
-        facts = [pair.fact for pair in batch.pairs]
-        np.add.at(total, facts, found.double().cpu().numpy())
-        np.add.at(count, facts, 1)
-        for name, logits in given.logits.items():
-            means.setdefault(f"{metric}_{name}", []).extend(measure(logits, rows).tolist())
-    return total / count[:, None, None], {name: float(np.mean(values)) for name, values in means.items()}
+    metrics: dict[str, list[float]] = {}
+
+    def scored() -> Iterator[tuple[PairBatch, Tensor]]:
+        for given in prepared:
+            batch, measure, selected = given.batch, measure_of(given.batch, metric), at_roles(given.batch, roles)
+            rows = torch.arange(len(batch.pairs), device=model.device)
+            for name, logits in given.logits.items():
+                metrics.setdefault(f"{metric}_{name}", []).extend(measure(logits, rows).tolist())
+            yield (
+                batch,
+                component_effects(model, given, components, selected, measure, window=window, batch_size=batch_size),
+            )
+
+    per_fact = fact_means(n_facts, scored())
+    return per_fact, {name: float(np.mean(values)) for name, values in metrics.items()}
 
 
 def whole(pair: Pair) -> Pair:
