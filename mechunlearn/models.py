@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Model", "NotSupported", "all_components", "attention", "attention_write", "block", "component_parameters",
     "embedding", "final_norm", "first_output", "has_parallel_blocks", "head_input", "is_transposed", "mlp",
-    "mlp_neurons", "mlp_write", "projection", "projection_columns", "unembedding", "weight_matrices",
+    "mlp_neurons", "mlp_write", "n_parts", "projection", "projection_columns", "unembedding", "weight_matrices",
     "with_first_output", "wrap_model",
 ]  # fmt: skip
 
@@ -227,17 +227,21 @@ def with_first_output(output: Any, tensor: Tensor) -> Any:
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
 
 
+def n_parts(model: Model, kind: str) -> int:
+    """How many components of a kind share a layer's activation: its heads or neurons; anything else is one."""
+    return {"head": model.n_heads, "neuron": model.d_mlp}.get(kind, 1)
+
+
 def all_components(model: Model, kinds: Sequence[Kind] = ("mlp", "attention")) -> tuple[Component, ...]:
     """Every component of the given kinds, layer by layer."""
     for kind in kinds:
         if kind not in KINDS:
             raise ValueError(f"unknown component kind: {kind!r}.{did_you_mean(kind, KINDS)}")
-    counts = {"mlp": None, "attention": None, "head": model.n_heads, "neuron": model.d_mlp}
     return tuple(
-        Component(kind, layer, index)
+        Component(kind, layer, index if kind in ("head", "neuron") else None)
         for layer in range(model.n_layers)
         for kind in kinds
-        for index in ((None,) if counts[kind] is None else range(counts[kind]))
+        for index in range(n_parts(model, kind))
     )
 
 

@@ -14,7 +14,7 @@ from mechunlearn.facts import Fact
 from mechunlearn.html_card import html_card
 from mechunlearn.localize.first_order import places_of
 from mechunlearn.localize.pairs import PairBatch, batches, build_pairs
-from mechunlearn.models import Model
+from mechunlearn.models import Model, n_parts
 
 SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of all components: the benchmark's ten circuit sizes."""
@@ -155,10 +155,9 @@ def replacements(
 
     def change(place: Place, parts: list[int]) -> Change:
         def put(value: Tensor) -> Tensor:
-            n_parts = {"head": model.n_heads, "neuron": model.d_mlp}.get(place[0], 1)
-            changed = value.clone().unflatten(-1, (n_parts, -1))
+            split = (n_parts(model, place[0]), -1)
+            changed, new = value.clone().unflatten(-1, split), donor[place].unflatten(-1, split)
             at = torch.tensor(parts, device=value.device)
-            new = donor[place].unflatten(-1, (n_parts, -1))
             changed[row[:, None], to[:, None], at] = new[row[:, None], source[:, None], at]
             return changed.flatten(-2)
 

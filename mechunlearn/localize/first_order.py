@@ -14,7 +14,7 @@ from mechunlearn.activations import Change, Place, Tokens, exact, hooked, last_l
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize.pairs import Donors, PairBatch, batches, build_pairs, describe_pairs, fact_means
-from mechunlearn.models import Model, all_components
+from mechunlearn.models import Model, all_components, n_parts
 
 Form = Literal["denoise", "noise", "both"]
 FirstOrderKind = Literal["mlp", "attention", "head", "neuron"]
@@ -120,7 +120,7 @@ def by_role(
     model: Model, batch: PairBatch, place: Place, product: Float[Tensor, "batch aligned width"]
 ) -> Float[Tensor, "batch part role"]:
     """Sum products over d_model, or over each head, or not at all for neurons, and over the tokens of each role."""
-    parts = {"head": model.n_heads, "neuron": model.d_mlp}.get(place[0], 1)
+    parts = n_parts(model, place[0])
     of_parts = product if parts == product.shape[-1] else product.unflatten(-1, (parts, -1)).sum(-1)
     return torch.einsum("bah,bar->bhr", of_parts, batch.roles.to(of_parts.dtype))
 
