@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.activations import Place, hooked, last_logits, pad, untouched
+from mechunlearn.activations import Place, hooked, last_logits, pad, place_of, untouched
 from mechunlearn.components import ROLES, Component, ComponentScores
 from mechunlearn.facts import Fact
 from mechunlearn.localize import LOCALIZERS
@@ -151,7 +151,7 @@ class Exploration:
             if position is not None
             else [i for i in range(len(pair.clean)) if how != "donor" or i in partner]
         )
-        place: Place = (component.kind, component.layer)
+        place = place_of(component)
         part = component.index or 0
         with untouched(model), torch.no_grad():
             before = last_logits(model, pad(model, [pair.clean]))[0]

@@ -10,12 +10,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from mechunlearn.activations import Place, exact, hooked, last_logits, untouched
+from mechunlearn.activations import Place, exact, hooked, last_logits, place_of, untouched
 from mechunlearn.components import ROLES, ComponentScores
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.pairs import Donors, Pair, align, batches, build_pairs, describe_pairs
-from mechunlearn.localize.patching import Exchange, exchange, place_of
+from mechunlearn.localize.patching import Exchange, exchange
 from mechunlearn.localize.scoring import RoleGroup, clean_roles, exact_scores, whole
 from mechunlearn.models import Model, all_components
 

@@ -9,12 +9,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from mechunlearn.activations import Change, Place, exact, untouched
+from mechunlearn.activations import Change, Place, exact, place_of, untouched
 from mechunlearn.components import ROLES, ComponentScores
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.pairs import Pair, PairBatch, batches, build_pairs, describe_pairs, to_batch
-from mechunlearn.localize.patching import Exchange, exchange, place_of
+from mechunlearn.localize.patching import Exchange, exchange
 from mechunlearn.localize.scoring import RoleGroup, exact_scores, whole
 from mechunlearn.models import Model, all_components, embedding
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.activations import Change, Place, hooked, last_logits, untouched
+from mechunlearn.activations import Change, Place, by_place, hooked, last_logits, untouched
 from mechunlearn.components import Component, ComponentScores, Reduction
 from mechunlearn.facts import Fact
 from mechunlearn.html_card import html_card
@@ -147,9 +147,6 @@ def replacements(
     model: Model, batch: PairBatch, components: Sequence[Component], donor: Mapping[Place, Tensor]
 ) -> dict[Place, Change]:
     """Changes that give the components their output on the donor's run at all tokens that both prompts have."""
-    members: dict[Place, list[int]] = {}
-    for component in components:
-        members.setdefault((component.kind, component.layer), []).append(component.index or 0)
     row, k = batch.roles.any(dim=2).nonzero(as_tuple=True)
     to, source = batch.clean_positions[row, k], batch.corrupt_positions[row, k]
 
@@ -163,7 +160,10 @@ def replacements(
 
         return put
 
-    return {place: change(place, parts) for place, parts in members.items()}
+    return {
+        place: change(place, [components[number].index or 0 for number in numbers])
+        for place, numbers in by_place(components).items()
+    }
 
 
 def check_disjoint(components: Collection[Component]) -> None:

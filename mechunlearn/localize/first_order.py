@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.activations import Change, Place, Tokens, exact, hooked, last_logits, untouched
+from mechunlearn.activations import Change, Place, Tokens, by_place, exact, hooked, last_logits, untouched
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize.pairs import Donors, PairBatch, batches, build_pairs, describe_pairs, fact_means
@@ -108,7 +108,7 @@ def first_order_scores(
 
 def places_of(components: Sequence[Component]) -> list[Place]:
     """Where the components' activations are, each place once, in the order of layers."""
-    return sorted({(component.kind, component.layer) for component in components}, key=lambda place: place[::-1])
+    return sorted(by_place(components), key=lambda place: place[::-1])
 
 
 def difference(batch: PairBatch, clean: Tensor, corrupt: Tensor) -> Float[Tensor, "batch aligned width"]:
@@ -129,14 +129,10 @@ def assemble(
     components: Sequence[Component], effects: Mapping[Place, Float[Tensor, "batch part role"]]
 ) -> Float[Tensor, "batch component role"]:
     """The places' effects in the order of the components."""
-    rows: dict[Place, list[tuple[int, int]]] = {}
-    for row, component in enumerate(components):
-        rows.setdefault((component.kind, component.layer), []).append((row, component.index or 0))
     some = next(iter(effects.values()))
     scores = some.new_empty(some.shape[0], len(components), some.shape[2])
-    for place, members in rows.items():
-        into, parts = (list(column) for column in zip(*members, strict=True))
-        scores[:, into] = effects[place][:, parts]
+    for place, rows in by_place(components).items():
+        scores[:, rows] = effects[place][:, [components[row].index or 0 for row in rows]]
     return scores
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.activations import Change, Place, hooked, last_logits, untouched
+from mechunlearn.activations import Change, Place, hooked, last_logits, place_of, untouched
 from mechunlearn.components import ROLES, Component
 from mechunlearn.facts import Fact
 from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs, fact_means, record_donor
@@ -44,7 +44,7 @@ def _effects(
 ) -> Float[Tensor, "batch component role"]:
     layers = range(model.n_layers)
     kept: list[Place] = [(kind, layer) for kind in dict.fromkeys(held) for layer in layers]
-    places = [_place(component) for component in components]
+    places = [place_of(component) for component in components]
     with hooked(model, record=[*dict.fromkeys((*kept, *places))]) as own:
         clean = batch.logit_diff(last_logits(model, batch.clean))
     donor = record_donor(model, batch, places)
@@ -58,11 +58,6 @@ def _effects(
                 after = batch.logit_diff(last_logits(model, batch.clean))
             effects[:, number, ROLES.index(role)] = clean - after
     return effects
-
-
-def _place(component: Component) -> Place:
-    assert component.kind in ("mlp", "attention")  # the kinds offered
-    return component.kind, component.layer
 
 
 def _write(value: Tensor) -> Change:

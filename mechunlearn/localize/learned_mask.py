@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from mechunlearn.activations import Place, last_logits, untouched
-from mechunlearn.components import ROLES, Component, ComponentScores, Kind
+from mechunlearn.activations import Place, by_place, last_logits, untouched
+from mechunlearn.components import ROLES, ComponentScores, Kind
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.gates import gated_logits, hard_concrete, probability_open, settled
@@ -72,7 +72,7 @@ def learned_mask(
     pairs = build_pairs(model, [facts[i] for i in order], pairs_per_fact=pairs_per_fact, seed=seed)
     components = all_components(model, tuple(dict.fromkeys(kinds)))
     roles = ROLES if by_role else ("all",)
-    places = _places(components)
+    places = by_place(components)
     generator = torch.Generator().manual_seed(seed)
     shape = (len(facts) if gates == "per_fact" else 1, len(components), len(roles))
     logits = torch.full(shape, _START, device=model.device, requires_grad=True)
@@ -118,13 +118,6 @@ def learned_mask(
             **dict(zip(("logit_diff_clean", "logit_diff_kept", "logit_diff_closed"), kept, strict=True)),
         },
     )  # fmt: skip
-
-
-def _places(components: Sequence[Component]) -> dict[Place, list[int]]:
-    found: dict[Place, list[int]] = {}
-    for column, component in enumerate(components):
-        found.setdefault((component.kind, component.layer), []).append(column)
-    return found
 
 
 def _rows(batch: PairBatch, n_rows: int) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechunlearn.activations import Change, Place
+from mechunlearn.activations import Change, Place, by_place
 from mechunlearn.components import Component
 from mechunlearn.localize.pairs import PairBatch
 from mechunlearn.localize.restart import Run, after_attention, read_out, record, restart
@@ -173,10 +173,7 @@ def component_effects(
     """`cell_effects` of every component at every selection of tokens; `window` layers around it are changed at once."""
     changed = given.cells(selected)
     effects = torch.zeros(len(components), *changed.shape[:2], dtype=given.run.logits.dtype, device=changed.device)
-    members: dict[Place, list[int]] = {}
-    for index, component in enumerate(components):
-        members.setdefault(place_of(component), []).append(index)
-    for (kind, layer), indices in members.items():
+    for (kind, layer), indices in by_place(components).items():
         places: list[Place] = [(kind, near) for near in window_of(layer, window, model.n_layers)]
         heads = [components[index].index for index in indices]
         columns = None if kind != "head" else head_columns(model, heads).repeat_interleave(len(changed), dim=0)
@@ -195,9 +192,3 @@ def head_columns(model: Model, heads: Sequence[int | None]) -> Bool[Tensor, "hea
     """Where each head is in z, the input of attention's output projection."""
     owner = torch.arange(model.n_heads, device=model.device).repeat_interleave(model.d_head)
     return torch.stack([owner == head for head in heads])
-
-
-def place_of(component: Component) -> Place:
-    """Where a component's values are seen; a head's are columns of its layer's."""
-    assert component.kind != "neuron"  # no exact method offers neurons
-    return component.kind, component.layer

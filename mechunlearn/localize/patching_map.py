@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from mechunlearn.activations import untouched
+from mechunlearn.activations import place_of, untouched
 from mechunlearn.components import Component
 from mechunlearn.facts import Fact
 from mechunlearn.localize.pairs import build_pairs, to_batch
-from mechunlearn.localize.patching import component_effects, exchange, place_of
+from mechunlearn.localize.patching import component_effects, exchange
 from mechunlearn.localize.scoring import measure_of
 from mechunlearn.models import Model, all_components
 from mechunlearn.prompts import token_texts

@@ -9,12 +9,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from mechunlearn.activations import Place, untouched
+from mechunlearn.activations import Place, place_of, untouched
 from mechunlearn.components import ROLES, Component, ComponentScores
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs, fact_means
-from mechunlearn.localize.patching import component_effects, exchange, place_of
+from mechunlearn.localize.patching import component_effects, exchange
 from mechunlearn.localize.paths import FINAL, Receiver, direct_effects, path_effect, total_effect
 from mechunlearn.localize.scoring import Metric, RoleGroup, at_roles, measure_of
 from mechunlearn.models import Model, all_components

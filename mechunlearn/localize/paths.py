@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mechunlearn.activations import Change, Place, hooked
+from mechunlearn.activations import Change, Place, hooked, place_of
 from mechunlearn.components import Component
-from mechunlearn.localize.patching import Exchange, Measure, head_columns, place_of, written
+from mechunlearn.localize.patching import Exchange, Measure, head_columns, written
 from mechunlearn.localize.restart import read_out, restart, skipped
 from mechunlearn.models import Model, projection, projection_columns
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 
-from mechunlearn.activations import hooked, last_logits, untouched
+from mechunlearn.activations import hooked, last_logits, place_of, untouched
 from mechunlearn.facts import Fact
 from mechunlearn.localize.pairs import build_pairs, to_batch
-from mechunlearn.localize.patching import component_effects, exchange, place_of
+from mechunlearn.localize.patching import component_effects, exchange
 from mechunlearn.localize.scoring import measure_of
 from mechunlearn.models import all_components, wrap_model
 

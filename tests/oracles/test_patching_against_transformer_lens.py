@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 import torch
 
-from mechunlearn.activations import untouched
+from mechunlearn.activations import place_of, untouched
 from mechunlearn.bridge import build_bridge
 from mechunlearn.facts import FactSet
 from mechunlearn.localize.pairs import build_pairs, to_batch
-from mechunlearn.localize.patching import component_effects, exchange, place_of
+from mechunlearn.localize.patching import component_effects, exchange
 from mechunlearn.localize.scoring import measure_of
 from mechunlearn.models import all_components
 

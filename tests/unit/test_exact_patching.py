@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechunlearn.activations import hooked, last_logits, untouched
+from mechunlearn.activations import hooked, last_logits, place_of, untouched
 from mechunlearn.components import ROLES, Component
 from mechunlearn.facts import Fact, FactSet
 from mechunlearn.localize import LOCALIZERS
@@ -16,7 +16,7 @@ from mechunlearn.localize.activation_patching import activation_patching, resamp
 from mechunlearn.localize.bands import Band, ablate_bands
 from mechunlearn.localize.causal_tracing import causal_tracing, subject_embedding_std
 from mechunlearn.localize.pairs import PairBatch, build_pairs, to_batch
-from mechunlearn.localize.patching import cell_effects, component_effects, exchange, place_of, window_of
+from mechunlearn.localize.patching import cell_effects, component_effects, exchange, window_of
 from mechunlearn.localize.patching_map import patching_map
 from mechunlearn.localize.resample_ablation import resample_ablation
 from mechunlearn.localize.restart import Run, skipped
