@@ -31,6 +31,47 @@ Normalize = Literal["mean", "sum"]
 Side = Literal["outputs", "inputs", "bias"]
 
 
+def weight_scores(
+    model: Model,
+    facts: Sequence[Fact],
+    entry: Entry,
+    *,
+    method: str,
+    sign: str,
+    kinds: Sequence[Kind],
+    metric: WeightMetric,
+    normalize: Normalize,
+    batch_size: int,
+    seed: int,
+    options: Mapping[str, Any] | None = None,
+) -> ComponentScores:
+    """`weight_sums` as scores without token roles, for weights are shared by all tokens.
+
+    Args:
+        options: the method's own, for the record.
+
+    Raises:
+        ValueError: no facts, no kinds, or for "logit_diff" a fact without a wrong answer to compare with.
+    """
+    if not kinds:
+        raise ValueError(f"{method}: option 'kinds': got none, allowed: mlp, attention, head, neuron")
+    components = all_components(model, tuple(dict.fromkeys(kinds)))
+    sums = weight_sums(
+        model, facts, components, entry, metric=metric, normalize=normalize, batch_size=batch_size, seed=seed
+    )
+    return ComponentScores(
+        method=method,
+        metric=metric,
+        sign=sign,
+        components=components,
+        roles=("all",),
+        per_fact=sums[:, :, None],
+        options={**(options or {}), "kinds": list(kinds), "metric": metric, "normalize": normalize,
+                 "batch_size": batch_size, "seed": seed},
+        facts_sha256=hash_facts(facts),
+    )  # fmt: skip
+
+
 def weight_sums(
     model: Model,
     facts: Sequence[Fact],
@@ -64,42 +105,6 @@ def weight_sums(
                     found.index_add_(1, component, sums.double()[:, unit])
             total[rows] = found.cpu().numpy()
     return total / sizes if normalize == "mean" else total
-
-
-def weight_result(
-    method: str,
-    facts: Sequence[Fact],
-    components: tuple[Component, ...],
-    values: Float[np.ndarray, "fact component"],
-    *,
-    metric: str,
-    sign: str,
-    options: Mapping[str, Any],
-    notes: Mapping[str, Any] | None = None,
-) -> ComponentScores:
-    """Scores without token roles: weights are shared by all tokens."""
-    return ComponentScores(
-        method=method,
-        metric=metric,
-        sign=sign,
-        components=components,
-        roles=("all",),
-        per_fact=values[:, :, None],
-        options={name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},
-        facts_sha256=hash_facts(facts),
-        notes=notes or {},
-    )
-
-
-def components_of(model: Model, method: str, kinds: Sequence[Kind]) -> tuple[Component, ...]:
-    """Every component of the given kinds, each kind once.
-
-    Raises:
-        ValueError: no kinds.
-    """
-    if not kinds:
-        raise ValueError(f"{method}: option 'kinds': got none, allowed: mlp, attention, head, neuron")
-    return all_components(model, tuple(dict.fromkeys(kinds)))
 
 
 @dataclass(frozen=True, kw_only=True)
