@@ -14,6 +14,7 @@ from mechunlearn.activations import Place, exact, hooked, last_logits, place_of,
 from mechunlearn.components import ROLES, ComponentScores
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize import LOCALIZERS
+from mechunlearn.localize.kinds import each_once
 from mechunlearn.localize.pairs import Donors, Pair, align, batches, build_pairs, describe_pairs
 from mechunlearn.localize.patching import Exchange, exchange
 from mechunlearn.localize.scoring import RoleGroup, clean_roles, exact_scores, whole
@@ -67,11 +68,7 @@ def activation_patching(
     Source: Meng et al. 2022, arXiv:2202.05262, section 2; Zhang & Nanda 2023, arXiv:2309.16042 (symmetric replacement,
         denoising and noising); Chan et al. 2022, "Causal Scrubbing" (resampling).
     """
-    for option, given in (("kinds", kinds), ("roles", roles)):
-        if not given or len(set(given)) != len(given):
-            raise ValueError(
-                f"activation_patching: option '{option}': got {list(given)}, allowed: one or more, each once"
-            )
+    each_once("activation_patching", kinds=kinds, roles=roles)
     if donors == "same_answer" and form not in ("denoise", "noise"):
         raise ValueError(
             f"activation_patching: option 'donors': got {donors!r} with form {form!r}, allowed: denoise and noise; the "

@@ -13,6 +13,7 @@ from mechunlearn.activations import Change, Place, exact, place_of, untouched
 from mechunlearn.components import ROLES, ComponentScores
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize import LOCALIZERS
+from mechunlearn.localize.kinds import each_once
 from mechunlearn.localize.pairs import Pair, PairBatch, batches, build_pairs, describe_pairs, to_batch
 from mechunlearn.localize.patching import Exchange, exchange
 from mechunlearn.localize.scoring import RoleGroup, exact_scores, whole
@@ -62,9 +63,7 @@ def causal_tracing(
         Nanda) and 3 layers are restored; Meng et al. use noise, P(answer) and 10 layers of 48, and trace single tokens.
     Source: Meng et al. 2022, arXiv:2202.05262, section 2.1 and appendix B; Zhang & Nanda 2023, arXiv:2309.16042.
     """
-    for option, given in (("kinds", kinds), ("roles", roles)):
-        if not given or len(set(given)) != len(given):
-            raise ValueError(f"causal_tracing: option '{option}': got {list(given)}, allowed: one or more, each once")
+    each_once("causal_tracing", kinds=kinds, roles=roles)
     pairs = build_pairs(model, facts, pairs_per_fact=pairs_per_fact, seed=seed)
     components = all_components(model, kinds)
     places = [place_of(component) for component in components]

@@ -13,8 +13,9 @@ from torch import Tensor
 from mechunlearn.activations import Change, Place, Tokens, by_place, exact, hooked, last_logits, untouched
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.facts import Fact, hash_facts
+from mechunlearn.localize.kinds import components_of
 from mechunlearn.localize.pairs import Donors, PairBatch, batches, build_pairs, describe_pairs, fact_means
-from mechunlearn.models import Model, all_components, n_parts
+from mechunlearn.models import Model, n_parts
 
 Form = Literal["denoise", "noise", "both"]
 FirstOrderKind = Literal["mlp", "attention", "head", "neuron"]
@@ -48,10 +49,8 @@ def score_pairs(
     Raises:
         ValueError: no facts, no kinds, or a fact that cannot be paired.
     """
-    if not kinds:
-        raise ValueError(f"{method}: option 'kinds': got none, allowed: mlp, attention, head, neuron")
+    components = components_of(model, method, kinds)
     pairs = build_pairs(model, facts, pairs_per_fact=pairs_per_fact, donors=donors, seed=seed)
-    components = all_components(model, tuple(dict.fromkeys(kinds)))
     metrics: list[tuple[float, float]] = []
 
     def scored() -> Iterator[tuple[PairBatch, Tensor]]:

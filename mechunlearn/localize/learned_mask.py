@@ -14,8 +14,9 @@ from mechunlearn.components import ROLES, ComponentScores, Kind
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.gates import gated_logits, hard_concrete, probability_open, settled
+from mechunlearn.localize.kinds import components_of
 from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs, record_donor
-from mechunlearn.models import Model, all_components
+from mechunlearn.models import Model
 
 _START = 2.0  # gates start open: P(gate > 0) = 0.97
 
@@ -66,11 +67,9 @@ def learned_mask(
     Source: Louizos et al. 2018, arXiv:1712.01312, section 2.2; De Cao et al. 2020, arXiv:2004.14992; Cao et al. 2021,
         arXiv:2104.03514 (masks over a trained model).
     """
-    if not kinds:
-        raise ValueError("learned_mask: option 'kinds': got none, allowed: mlp, attention, head, neuron")
     order = sorted(range(len(facts)), key=lambda i: facts[i].key)  # so that the facts' order changes no batch
     pairs = build_pairs(model, [facts[i] for i in order], pairs_per_fact=pairs_per_fact, seed=seed)
-    components = all_components(model, tuple(dict.fromkeys(kinds)))
+    components = components_of(model, "learned_mask", kinds)
     roles = ROLES if by_role else ("all",)
     places = by_place(components)
     generator = torch.Generator().manual_seed(seed)

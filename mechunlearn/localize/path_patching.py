@@ -13,6 +13,7 @@ from mechunlearn.activations import Place, place_of, untouched
 from mechunlearn.components import ROLES, Component, ComponentScores
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize import LOCALIZERS
+from mechunlearn.localize.kinds import each_once
 from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs, fact_means
 from mechunlearn.localize.patching import component_effects, exchange
 from mechunlearn.localize.paths import FINAL, Receiver, direct_effects, path_effect, total_effect
@@ -116,8 +117,7 @@ def path_patching(
     Differs from the source: MLPs are frozen with the heads; tokens are aligned by role.
     Source: Wang et al. 2022, arXiv:2211.00593, section 3.1; Goldowsky-Dill et al. 2023, arXiv:2304.05969.
     """
-    if not kinds or len(set(kinds)) != len(kinds):
-        raise ValueError(f"path_patching: option 'kinds': got {list(kinds)}, allowed: mlp, attention, head, each once")
+    each_once("path_patching", kinds=kinds)
     pairs = build_pairs(model, facts, pairs_per_fact=pairs_per_fact, seed=seed)
     components = all_components(model, kinds)
     places = sorted({place_of(component) for component in components})

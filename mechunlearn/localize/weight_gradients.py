@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from mechunlearn.activations import exact, hooked, last_logits, pad, untouched
 from mechunlearn.components import Component, ComponentScores, Kind
 from mechunlearn.facts import Fact, hash_facts
+from mechunlearn.localize.kinds import components_of
 from mechunlearn.localize.pairs import batches, build_pairs
-from mechunlearn.models import Model, all_components, component_parameters, is_transposed
+from mechunlearn.models import Model, component_parameters, is_transposed
 from mechunlearn.prompts import encode, encode_answers, render
 
 Entry = Literal["squared", "absolute", "saliency"]
@@ -53,9 +54,7 @@ def weight_scores(
     Raises:
         ValueError: no facts, no kinds, or for "logit_diff" a fact without a wrong answer to compare with.
     """
-    if not kinds:
-        raise ValueError(f"{method}: option 'kinds': got none, allowed: mlp, attention, head, neuron")
-    components = all_components(model, tuple(dict.fromkeys(kinds)))
+    components = components_of(model, method, kinds)
     sums = weight_sums(
         model, facts, components, entry, metric=metric, normalize=normalize, batch_size=batch_size, seed=seed
     )
