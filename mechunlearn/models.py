@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Model", "NotSupported", "all_components", "attention", "attention_write", "block", "component_parameters",
     "embedding", "final_norm", "first_output", "has_parallel_blocks", "head_input", "is_transposed", "mlp",
-    "mlp_neurons", "mlp_write", "n_parts", "projection", "projection_columns", "unembedding", "weight_matrices",
-    "with_first_output", "wrap_model",
+    "mlp_neurons", "mlp_write", "n_parts", "oriented", "projection", "projection_columns", "unembedding",
+    "weight_matrices", "with_first_output", "wrap_model",
 ]  # fmt: skip
 
 
@@ -200,6 +200,11 @@ def weight_matrices(model: Model, components: Sequence[Component]) -> tuple[str,
 def is_transposed(model: Model, parameter: str) -> bool:
     """Whether a weight matrix is kept as [in out], as GPT-2's are, and not as [out in]."""
     return isinstance(model.hf.get_submodule(parameter.rpartition(".")[0]), Conv1D)
+
+
+def oriented(model: Model, parameter: str, value: Tensor) -> Tensor:
+    """A weight matrix of the model as [out in], and such a one as the model keeps it; biases as they are."""
+    return value.T if value.ndim == 2 and is_transposed(model, parameter) else value
 
 
 def embedding(model: Model) -> nn.Module:

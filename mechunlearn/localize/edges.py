@@ -17,16 +17,7 @@ from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.html_card import html_card
 from mechunlearn.localize.first_order import SIGN, difference, run
 from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs, fact_means
-from mechunlearn.models import (
-    Model,
-    NotSupported,
-    block,
-    embedding,
-    has_parallel_blocks,
-    head_input,
-    is_transposed,
-    projection_columns,
-)
+from mechunlearn.models import Model, NotSupported, block, embedding, has_parallel_blocks, oriented, projection_columns
 
 Part = Literal["query", "key", "value"]
 
@@ -202,8 +193,7 @@ def _attention_inputs(model: Model, layer: int, at: dict[str, Tensor]) -> Float[
     counts: dict[Part, int] = {"query": model.n_heads, "key": model.n_kv_heads, "value": model.n_kv_heads}
     for part, count in counts.items():
         name = f"{architecture.blocks}.{layer}.{getattr(architecture, part)}.weight"
-        weight = exact(model.hf.get_parameter(name).detach())
-        weight = weight.T if is_transposed(model, name) else weight  # [out in]
+        weight = exact(oriented(model, name, model.hf.get_parameter(name).detach()))
         gradient = at[part if architecture.layout == "separate" else "query"]
         for head in range(count):
             columns = projection_columns(model, part, head)
@@ -214,10 +204,9 @@ def _attention_inputs(model: Model, layer: int, at: dict[str, Tensor]) -> Float[
 def _heads(model: Model, layer: int, moved: Float[Tensor, "batch aligned width"]) -> Tensor:
     """What every head writes: its part of z through its part of the output projection, [batch aligned head d_model]."""
     name = f"{model.architecture.blocks}.{layer}.{model.architecture.output}.weight"
-    weight = exact(head_input(model, layer).get_parameter("weight").detach())
-    weight = weight if is_transposed(model, name) else weight.T  # [in out]
-    z = moved.unflatten(-1, (model.n_heads, -1))
-    return torch.einsum("bahe,hed->bahd", z, weight.unflatten(0, (model.n_heads, -1)))
+    weight = exact(oriented(model, name, model.hf.get_parameter(name).detach()))
+    z, of_heads = (tensor.unflatten(-1, (model.n_heads, -1)) for tensor in (moved, weight))
+    return torch.einsum("bahe,dhe->bahd", z, of_heads)
 
 
 def _read(

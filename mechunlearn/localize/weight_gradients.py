@@ -21,7 +21,7 @@ from mechunlearn.components import Component, ComponentScores, Kind
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize.kinds import components_of
 from mechunlearn.localize.pairs import batches, build_pairs
-from mechunlearn.models import Model, component_parameters, is_transposed
+from mechunlearn.models import Model, component_parameters, is_transposed, oriented
 from mechunlearn.prompts import encode, encode_answers, render
 
 Entry = Literal["squared", "absolute", "saliency"]
@@ -100,7 +100,7 @@ def weight_sums(
                 sides = plan[path]
                 for side, (component, unit) in sides.items():
                     name = f"{path}.bias" if side == "bias" else f"{path}.weight"
-                    sums = _unit_sums(x, g, _as_out_in(model, weights[name], name), side, entry)
+                    sums = _unit_sums(x, g, oriented(model, name, weights[name]), side, entry)
                     found.index_add_(1, component, sums.double()[:, unit])
             total[rows] = found.cpu().numpy()
     return total / sizes if normalize == "mean" else total
@@ -138,10 +138,6 @@ def _plan(
         return torch.tensor(units.component, device=model.device), torch.tensor(units.unit, device=model.device)
 
     return {path: {side: on_device(u) for side, u in sides.items()} for path, sides in listed.items()}, sizes
-
-
-def _as_out_in(model: Model, parameter: Tensor, name: str) -> Tensor:
-    return parameter.T if parameter.ndim == 2 and is_transposed(model, name) else parameter
 
 
 def _inputs_and_gradients(
