@@ -202,6 +202,11 @@ def last_logits(model: Model, tokens: Tokens) -> Float[Tensor, "batch d_vocab"]:
     return exact(output.logits[torch.arange(len(place), device=place.device), place])
 
 
+def leaf(output: Tensor) -> Tensor:
+    """A `change_embedding` that starts the graph at the embeddings: it then holds activations and no parameters."""
+    return output.detach().requires_grad_()
+
+
 def exact(value: Tensor) -> Tensor:
     """The tensor in float32, or as it is if that is better: products in half precision would change scores."""
     return value.to(torch.promote_types(value.dtype, torch.float32))

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mechunlearn.activations import Change, Place, exact, hooked, last_logits
+from mechunlearn.activations import Change, Place, exact, hooked, last_logits, leaf
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.facts import Fact
 from mechunlearn.localize import LOCALIZERS
@@ -23,7 +23,7 @@ from mechunlearn.localize.first_order import (
     score_pairs,
 )
 from mechunlearn.localize.pairs import Donors, PairBatch
-from mechunlearn.models import Model, embedding
+from mechunlearn.models import Model
 
 
 @LOCALIZERS.register("atp_star", source="Kramár et al. 2024, arXiv:2403.00745")
@@ -86,9 +86,7 @@ def _scores(
         before = records.take()
         dropped: list[int] = []
         gates = stack.enter_context(_gates(model, dropped)) if grad_drop else {}
-        leaf = embedding(model).register_forward_hook(lambda _m, _i, output: output.detach().requires_grad_())
-        stack.callback(leaf.remove)
-        seen = stack.enter_context(hooked(model, record=places, change=gates))
+        seen = stack.enter_context(hooked(model, record=places, change=gates, change_embedding=leaf))
         with torch.enable_grad():
             metric = batch.logit_diff(last_logits(model, batch.corrupt))
         after = records.take()

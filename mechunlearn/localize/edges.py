@@ -12,12 +12,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mechunlearn.activations import Place, exact, hooked, last_logits, untouched
+from mechunlearn.activations import Place, exact, hooked, last_logits, leaf, untouched
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.html_card import html_card
 from mechunlearn.localize.first_order import SIGN, difference, run
 from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs, fact_means
-from mechunlearn.models import Model, NotSupported, block, embedding, has_parallel_blocks, oriented, projection_columns
+from mechunlearn.models import Model, NotSupported, block, has_parallel_blocks, oriented, projection_columns
 
 Part = Literal["query", "key", "value"]
 
@@ -121,10 +121,8 @@ def edge_scores(model: Model, batch: PairBatch) -> Float[Tensor, "batch writer r
     written: list[Place] = [("stream", 0), *((kind, i) for i in range(n) for kind in ("head", "mlp"))]
     clean = run(model, batch, batch.clean, written, gradient=False)
     with ExitStack() as stack, torch.enable_grad():
-        leaf = embedding(model).register_forward_hook(lambda _m, _i, output: output.detach().requires_grad_())
-        stack.callback(leaf.remove)
         taps = [_tap(model, layer, stack) for layer in range(n)]
-        seen = stack.enter_context(hooked(model, record=[*written, ("block", n - 1)]))
+        seen = stack.enter_context(hooked(model, record=[*written, ("block", n - 1)], change_embedding=leaf))
         metric = batch.logit_diff(last_logits(model, batch.corrupt))
         wanted = [tensor for tap in taps for tensor in tap.outputs.values()]
         *found, end = torch.autograd.grad(metric.sum(), [*wanted, seen["block", n - 1]])

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mechunlearn.activations import exact, hooked, last_logits, pad, untouched
+from mechunlearn.activations import exact, hooked, last_logits, leaf, pad, untouched
 from mechunlearn.components import Component, ComponentScores, Kind
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize.kinds import components_of
@@ -152,9 +152,6 @@ def _inputs_and_gradients(
             inputs[path], outputs[path] = given[0].detach(), output
 
         return hook
-
-    def leaf(output: Tensor) -> Tensor:
-        return output.detach().requires_grad_()
 
     with ExitStack() as handles, torch.enable_grad(), hooked(model, change_embedding=leaf):
         for path in paths:
