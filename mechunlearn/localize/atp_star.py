@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -14,7 +14,9 @@ from mechunlearn.facts import Fact
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.attention_record import AttentionRecord, head_effects, recorded_attention
 from mechunlearn.localize.first_order import (
+    SIGN,
     BatchScores,
+    FirstOrderKind,
     assemble,
     by_role,
     difference,
@@ -33,7 +35,7 @@ def atp_star(
     *,
     qk_fix: bool = True,
     grad_drop: bool = True,
-    kinds: tuple[Literal["mlp", "attention", "head", "neuron"], ...] = ("mlp", "attention"),
+    kinds: tuple[FirstOrderKind, ...] = ("mlp", "attention"),
     pairs_per_fact: Annotated[int, Field(ge=1)] = 1,
     donors: Donors = "other_answer",
     batch_size: Annotated[int, Field(ge=1)] = 32,
@@ -69,8 +71,7 @@ def atp_star(
         method="atp_star", kinds=kinds, pairs_per_fact=pairs_per_fact, donors=donors, batch_size=batch_size,
         seed=seed,
         options={"qk_fix": qk_fix, "grad_drop": grad_drop},
-        sign="logits, sizes only: with a layer's gradient dropped in turn" if grad_drop
-        else "logits; positive: the component's value on the fact's own run supports the true answer",
+        sign="logits, sizes only: with a layer's gradient dropped in turn" if grad_drop else SIGN,
     )  # fmt: skip
 
 
@@ -81,8 +82,7 @@ def _scores(
     layers = sorted({c.layer for c in components}) if fixed else []
     with ExitStack() as stack:
         records = stack.enter_context(recorded_attention(model)) if fixed else AttentionRecord()
-        with torch.no_grad():
-            clean = run(model, batch, batch.clean, places, gradient=False)
+        clean = run(model, batch, batch.clean, places, gradient=False)
         before = records.take()
         dropped: list[int] = []
         gates = stack.enter_context(_gates(model, dropped)) if grad_drop else {}
