@@ -127,22 +127,26 @@ def edge_scores(model: Model, batch: PairBatch) -> Float[Tensor, "batch writer r
         wanted = [tensor for tap in taps for tensor in tap.outputs.values()]
         *found, end = torch.autograd.grad(metric.sum(), [*wanted, seen["block", n - 1]])
     gradients = iter(found)
-    moved = {place: difference(batch, clean.activations[place], seen[place].detach()) for place in written}
     weight = batch.roles.any(dim=2)[..., None]
-    deltas = [moved["stream", 0][:, :, None] * weight[..., None]]
+    moved = {place: difference(batch, clean.activations[place], seen[place].detach()) * weight for place in written}
+    n_heads, parallel = model.n_heads, has_parallel_blocks(model)
+    start = moved["stream", 0]
+    deltas = start.new_empty(*start.shape[:2], 1 + n * (n_heads + 1), model.d_model)  # of all writers, in their order
+    deltas[:, :, 0] = start
     columns: list[Tensor] = []
     for layer, tap in enumerate(taps):
+        before = 1 + layer * (n_heads + 1)
+        after = before + n_heads
+        deltas[:, :, before:after] = _heads(model, layer, moved["head", layer])
+        deltas[:, :, after] = moved["mlp", layer]
         at = {name: exact(batch.take(next(gradients), batch.corrupt_positions)) for name in tap.outputs}
-        before = deltas[: 2 * layer + 1]
-        columns.append(_read(model, batch, tap, before, _attention_inputs(model, layer, at), "attention_norm"))
-        deltas.append(_heads(model, layer, moved["head", layer]) * weight[..., None])
-        parallel = has_parallel_blocks(model)
-        before = before if parallel else deltas[: 2 * layer + 2]
-        columns.append(_read(model, batch, tap, before, at["mlp_norm"][None], "mlp_norm"))
-        deltas.append(moved["mlp", layer][:, :, None] * weight[..., None])
+        wanted_of_heads = _attention_inputs(model, layer, at)
+        columns.append(_read(model, batch, tap, deltas[:, :, :before], wanted_of_heads, "attention_norm"))
+        seen_by_mlp = deltas[:, :, : before if parallel else after]
+        columns.append(_read(model, batch, tap, seen_by_mlp, at["mlp_norm"][None], "mlp_norm"))
     last = exact(batch.take(end, batch.corrupt_positions))
-    columns.append(torch.einsum("bawd,bad->bw", torch.cat(deltas, dim=2), last)[:, :, None])
-    n_writers = columns[-1].shape[1]
+    columns.append(torch.einsum("bawd,bad->bw", deltas, last)[:, :, None])
+    n_writers = deltas.shape[2]
     return torch.cat([nn.functional.pad(c, (0, 0, 0, n_writers - c.shape[1])) for c in columns], dim=2)
 
 
@@ -208,11 +212,16 @@ def _heads(model: Model, layer: int, moved: Float[Tensor, "batch aligned width"]
 
 
 def _read(
-    model: Model, batch: PairBatch, tap: _Tap, deltas: Sequence[Tensor], wanted: Tensor, norm: str
+    model: Model,
+    batch: PairBatch,
+    tap: _Tap,
+    deltas: Float[Tensor, "batch aligned writer d_model"],
+    wanted: Float[Tensor, "reader batch aligned d_model"],
+    norm: str,
 ) -> Float[Tensor, "batch writer reader"]:
     """Edges from all earlier writers to the readers behind one norm."""
     module = block(model, tap.layer).get_submodule(getattr(model.architecture, norm))
     x = batch.take(tap.inputs[norm], batch.corrupt_positions)
     pull = torch.func.vjp(module.forward, x)[1]
     (at_stream,) = torch.vmap(pull)(wanted.to(x.dtype))
-    return torch.einsum("bawd,rbad->bwr", torch.cat(list(deltas), dim=2), exact(at_stream))
+    return torch.einsum("bawd,rbad->bwr", deltas, exact(at_stream))
