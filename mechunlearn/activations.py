@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mechunlearn.components import Component
 from mechunlearn.models import (
     Model,
     NotSupported,
@@ -32,6 +33,19 @@ from mechunlearn.models import (
 PlaceKind = Literal["mlp", "attention", "head", "neuron", "block", "stream"]
 Place = tuple[PlaceKind, int]
 Change = Callable[[Tensor], Tensor]
+
+
+def place_of(component: Component) -> Place:
+    """Where a component's values are seen; a head's or neuron's are columns of its layer's."""
+    return component.kind, component.layer
+
+
+def by_place(components: Sequence[Component]) -> dict[Place, list[int]]:
+    """Which of the components, by number, are seen at each place."""
+    found: dict[Place, list[int]] = {}
+    for number, component in enumerate(components):
+        found.setdefault(place_of(component), []).append(number)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +200,11 @@ def last_logits(model: Model, tokens: Tokens) -> Float[Tensor, "batch d_vocab"]:
     mask = None if bool(tokens.mask.all()) else tokens.mask.long()
     output = model.hf(input_ids=tokens.ids, attention_mask=mask, use_cache=False, logits_to_keep=keep)
     return exact(output.logits[torch.arange(len(place), device=place.device), place])
+
+
+def leaf(output: Tensor) -> Tensor:
+    """A `change_embedding` that starts the graph at the embeddings: it then holds activations and no parameters."""
+    return output.detach().requires_grad_()
 
 
 def exact(value: Tensor) -> Tensor:

@@ -214,15 +214,6 @@ def parameter_masks(
     return masks
 
 
-def projection_columns(
-    architecture: Architecture, sizes: Sizes, part: Literal["query", "key", "value"], index: int
-) -> tuple[str, slice]:
-    """Path of the projection, and which of its outputs are one head's queries, or one group's keys or values."""
-    d, n, i = sizes.d_head, sizes.n_heads, ("query", "key", "value").index(part)
-    start = {"separate": index, "fused_blocks": i * n + index, "fused_interleaved": 3 * index + i}[architecture.layout]
-    return getattr(architecture, part), slice(start * d, (start + 1) * d)
-
-
 def _module_masks(module: nn.Module, outputs: Tensor | None, inputs: Tensor | None) -> dict[str, Tensor]:
     """Masks of a projection's weight and bias for some of its output or of its input coordinates (neither: all).
 

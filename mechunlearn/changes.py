@@ -6,7 +6,7 @@ import pandas as pd
 from torch import Tensor
 
 from mechunlearn.edit.edits import WeightEdit
-from mechunlearn.models import Model, all_components, component_parameters, is_transposed
+from mechunlearn.models import Model, all_components, component_parameters, oriented
 from mechunlearn.rounding import code_flip_rate
 
 COLUMNS = ("component", "layer", "kind", "relative_change", "flips_int8", "flips_int4")
@@ -49,7 +49,7 @@ def weight_changes(model: Model, before: Mapping[str, Tensor], after: Mapping[st
             moved += float((new - old).square().sum())
             norm += float(old[changed].square().sum())
             if old.ndim == 2:
-                pair = (old.T, new.T) if is_transposed(model, name) else (old, new)
+                pair = oriented(model, name, old), oriented(model, name, new)
                 size += old.numel()
                 for bits in flips:
                     flips[bits] += old.numel() * code_flip_rate(*pair, bits=bits)

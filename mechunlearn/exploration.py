@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.activations import Place, hooked, last_logits, pad, untouched
+from mechunlearn.activations import Place, hooked, last_logits, pad, place_of, untouched
 from mechunlearn.components import ROLES, Component, ComponentScores
 from mechunlearn.facts import Fact
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.lens_map import LensMap, lens_map
 from mechunlearn.localize.pairs import SUBJECT_ROLES, Pair, build_pairs
 from mechunlearn.localize.patching_map import PatchingMap, patching_map
-from mechunlearn.models import Model
+from mechunlearn.models import Model, n_parts
 from mechunlearn.prompts import token_texts
 
 How = Literal["zero", "mean", "donor"]
@@ -138,7 +138,8 @@ class Exploration:
             ValueError: no such component, token or way, or a token without a partner in the donor's prompt.
         """
         pair, model = self._pair(fact), self.model
-        n_parts = self._n_parts(component)
+        self._check(component)
+        split = (n_parts(model, component.kind), -1)
         if how not in HOWS or not (position is None or 0 <= position < len(pair.clean)):
             raise ValueError(f"intervention: got {how!r} at token {position}, allowed: {', '.join(HOWS)} at "
                              f"0 to {len(pair.clean) - 1} or at all")  # fmt: skip
@@ -150,15 +151,15 @@ class Exploration:
             if position is not None
             else [i for i in range(len(pair.clean)) if how != "donor" or i in partner]
         )
-        place: Place = (component.kind, component.layer)
+        place = place_of(component)
         part = component.index or 0
         with untouched(model), torch.no_grad():
             before = last_logits(model, pad(model, [pair.clean]))[0]
             source = self._source(pair, place, how)
 
             def change(value: Tensor) -> Tensor:
-                changed = value.clone().unflatten(-1, (n_parts, -1))
-                new = source.unflatten(-1, (n_parts, -1)).to(value.dtype)
+                changed = value.clone().unflatten(-1, split)
+                new = source.unflatten(-1, split).to(value.dtype)
                 rows = [partner[i] for i in at] if how == "donor" else at
                 changed[0, at, part] = new[rows, part]
                 return changed.flatten(-2)
@@ -196,14 +197,12 @@ class Exploration:
             self._means[place] = total / count.clamp(min=1)[:, None]
         return self._means[place]
 
-    def _n_parts(self, component: Component) -> int:
-        n_parts = {"head": self.model.n_heads, "neuron": self.model.d_mlp}.get(component.kind, 1)
-        if component.layer >= self.model.n_layers or (component.index or 0) >= n_parts:
+    def _check(self, component: Component) -> None:
+        if component.layer >= self.model.n_layers or (component.index or 0) >= n_parts(self.model, component.kind):
             raise ValueError(
                 f"intervention: got {component}, allowed: layers 0 to {self.model.n_layers - 1}, heads 0 to "
                 f"{self.model.n_heads - 1}, neurons 0 to {self.model.d_mlp - 1}"
             )
-        return n_parts
 
     def _pair(self, fact: int) -> Pair:
         if fact not in self.pairs:

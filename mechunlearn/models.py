@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Bool
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Model", "NotSupported", "all_components", "attention", "attention_write", "block", "component_parameters",
     "embedding", "final_norm", "first_output", "has_parallel_blocks", "head_input", "is_transposed", "mlp",
-    "mlp_neurons", "mlp_write", "unembedding", "weight_matrices", "with_first_output", "wrap_model",
+    "mlp_neurons", "mlp_write", "n_parts", "oriented", "projection", "projection_columns", "unembedding",
+    "weight_matrices", "with_first_output", "wrap_model",
 ]  # fmt: skip
 
 
@@ -164,6 +165,26 @@ def head_input(model: Model, layer: int) -> nn.Module:
     return block(model, layer).get_submodule(model.architecture.output)
 
 
+def projection(model: Model, layer: int, part: Literal["query", "key", "value"]) -> nn.Module:
+    """The projection that makes queries, keys or values; where they are fused, the same module for all three."""
+    return block(model, layer).get_submodule(getattr(model.architecture, part))
+
+
+def projection_columns(model: Model, part: Literal["query", "key", "value"], head: int) -> slice:
+    """Where a head is in the output of its projection; keys and values count key-value heads."""
+    n = model.n_heads if part == "query" else model.n_kv_heads
+    if not 0 <= head < n:
+        raise ValueError(f"{part} head: got {head}, allowed: 0 to {n - 1}")
+    third = ("query", "key", "value").index(part)
+    layouts = {
+        "separate": head,
+        "fused_blocks": third * model.n_heads + head,
+        "fused_interleaved": 3 * head + third,
+    }
+    start = layouts[model.architecture.layout] * model.d_head
+    return slice(start, start + model.d_head)
+
+
 def mlp_neurons(model: Model, layer: int) -> nn.Module:
     """The MLP's down projection; its input is the neurons' activations, [batch pos d_mlp]."""
     return block(model, layer).get_submodule(model.architecture.mlp_out)
@@ -179,6 +200,11 @@ def weight_matrices(model: Model, components: Sequence[Component]) -> tuple[str,
 def is_transposed(model: Model, parameter: str) -> bool:
     """Whether a weight matrix is kept as [in out], as GPT-2's are, and not as [out in]."""
     return isinstance(model.hf.get_submodule(parameter.rpartition(".")[0]), Conv1D)
+
+
+def oriented(model: Model, parameter: str, value: Tensor) -> Tensor:
+    """A weight matrix of the model as [out in], and such a one as the model keeps it; biases as they are."""
+    return value.T if value.ndim == 2 and is_transposed(model, parameter) else value
 
 
 def embedding(model: Model) -> nn.Module:
@@ -206,17 +232,21 @@ def with_first_output(output: Any, tensor: Tensor) -> Any:
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
 
 
+def n_parts(model: Model, kind: str) -> int:
+    """How many components of a kind share a layer's activation: its heads or neurons; anything else is one."""
+    return {"head": model.n_heads, "neuron": model.d_mlp}.get(kind, 1)
+
+
 def all_components(model: Model, kinds: Sequence[Kind] = ("mlp", "attention")) -> tuple[Component, ...]:
     """Every component of the given kinds, layer by layer."""
     for kind in kinds:
         if kind not in KINDS:
             raise ValueError(f"unknown component kind: {kind!r}.{did_you_mean(kind, KINDS)}")
-    counts = {"mlp": None, "attention": None, "head": model.n_heads, "neuron": model.d_mlp}
     return tuple(
-        Component(kind, layer, index)
+        Component(kind, layer, index if kind in ("head", "neuron") else None)
         for layer in range(model.n_layers)
         for kind in kinds
-        for index in ((None,) if counts[kind] is None else range(counts[kind]))
+        for index in range(n_parts(model, kind))
     )
 
 

@@ -14,7 +14,7 @@ from mechunlearn.attack.results import AttackResult, fact_rows
 from mechunlearn.edit.training import substituted
 from mechunlearn.facts import FactSplit
 from mechunlearn.metrics import score_facts
-from mechunlearn.models import Model, all_components, is_transposed, weight_matrices
+from mechunlearn.models import Model, all_components, oriented, weight_matrices
 from mechunlearn.rounding import round_to_nearest
 
 NONE = "none"
@@ -101,11 +101,6 @@ def quantization(
             "unhealthy": {name: one.reason for name, one in health.items() if not one.healthy},
         },
     )
-
-
-def oriented(model: Model, name: str, weight: Tensor) -> Tensor:
-    """A weight matrix as [out in], and such a one as the model keeps it: transposed for GPT-2's Conv1D."""
-    return weight.T if is_transposed(model, name) else weight
 
 
 def _rounded(model: Model, how: tuple[int, int] | None) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from mechunlearn.facts import Fact
 from mechunlearn.localize.attention_knockout import knock_out_attention
-from mechunlearn.localize.resample_ablation import Band, ablate_bands
+from mechunlearn.localize.bands import Band, ablate_bands
 from mechunlearn.metrics import known_facts
 from mechunlearn.models import Model
 
@@ -30,7 +30,7 @@ class Mechanism:
     choice: pd.DataFrame
     """The half that chose: first, last, role, clean, correct, donor as shares."""
     ablations: pd.DataFrame
-    """intervention (the names of `neighbours`), fact, relation, and the columns of `resample_ablation.ablate_bands`."""
+    """intervention (the names of `neighbours`), fact, relation, and the columns of `bands.ablate_bands`."""
     knockouts: pd.DataFrame
     """Attention from the last token to the subject blocked in layers first..last: fact, relation, correct."""
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from mechunlearn.activations import Place, hooked, last_logits, untouched
+from mechunlearn.activations import Place, hooked, last_logits, leaf, untouched
 from mechunlearn.bench.memory import peak_bytes
 from mechunlearn.components import ROLES
 from mechunlearn.localize.first_order import first_order_scores
@@ -171,10 +171,7 @@ def forward(model: Model, batch: PairBatch) -> Tensor:
 
 def forward_backward(model: Model, batch: PairBatch) -> Tensor:
     """One forward pass and its backward pass down to the first block's input; no parameter has a gradient."""
-    with (
-        torch.enable_grad(),
-        hooked(model, record=[("stream", 0)], change_embedding=lambda e: e.detach().requires_grad_()) as seen,
-    ):
+    with torch.enable_grad(), hooked(model, record=[("stream", 0)], change_embedding=leaf) as seen:
         metric = batch.logit_diff(last_logits(model, batch.corrupt)).sum()
         return torch.autograd.grad(metric, seen["stream", 0])[0]
 

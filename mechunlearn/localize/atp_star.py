@@ -2,19 +2,21 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from mechunlearn.activations import Change, Place, exact, hooked, last_logits
+from mechunlearn.activations import Change, Place, exact, hooked, last_logits, leaf
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.facts import Fact
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.attention_record import AttentionRecord, head_effects, recorded_attention
 from mechunlearn.localize.first_order import (
+    SIGN,
     BatchScores,
+    FirstOrderKind,
     assemble,
     by_role,
     difference,
@@ -23,7 +25,7 @@ from mechunlearn.localize.first_order import (
     score_pairs,
 )
 from mechunlearn.localize.pairs import Donors, PairBatch
-from mechunlearn.models import Model, embedding
+from mechunlearn.models import Model
 
 
 @LOCALIZERS.register("atp_star", source="Kramár et al. 2024, arXiv:2403.00745")
@@ -33,7 +35,7 @@ def atp_star(
     *,
     qk_fix: bool = True,
     grad_drop: bool = True,
-    kinds: tuple[Literal["mlp", "attention", "head", "neuron"], ...] = ("mlp", "attention"),
+    kinds: tuple[FirstOrderKind, ...] = ("mlp", "attention"),
     pairs_per_fact: Annotated[int, Field(ge=1)] = 1,
     donors: Donors = "other_answer",
     batch_size: Annotated[int, Field(ge=1)] = 32,
@@ -69,8 +71,7 @@ def atp_star(
         method="atp_star", kinds=kinds, pairs_per_fact=pairs_per_fact, donors=donors, batch_size=batch_size,
         seed=seed,
         options={"qk_fix": qk_fix, "grad_drop": grad_drop},
-        sign="logits, sizes only: with a layer's gradient dropped in turn" if grad_drop
-        else "logits; positive: the component's value on the fact's own run supports the true answer",
+        sign="logits, sizes only: with a layer's gradient dropped in turn" if grad_drop else SIGN,
     )  # fmt: skip
 
 
@@ -81,14 +82,11 @@ def _scores(
     layers = sorted({c.layer for c in components}) if fixed else []
     with ExitStack() as stack:
         records = stack.enter_context(recorded_attention(model)) if fixed else AttentionRecord()
-        with torch.no_grad():
-            clean = run(model, batch, batch.clean, places, gradient=False)
+        clean = run(model, batch, batch.clean, places, gradient=False)
         before = records.take()
         dropped: list[int] = []
         gates = stack.enter_context(_gates(model, dropped)) if grad_drop else {}
-        leaf = embedding(model).register_forward_hook(lambda _m, _i, output: output.detach().requires_grad_())
-        stack.callback(leaf.remove)
-        seen = stack.enter_context(hooked(model, record=places, change=gates))
+        seen = stack.enter_context(hooked(model, record=places, change=gates, change_embedding=leaf))
         with torch.enable_grad():
             metric = batch.logit_diff(last_logits(model, batch.corrupt))
         after = records.take()

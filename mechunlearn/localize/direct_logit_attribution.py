@@ -14,8 +14,9 @@ from mechunlearn.bridge import build_bridge
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize import LOCALIZERS
+from mechunlearn.localize.kinds import components_of
 from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs
-from mechunlearn.models import Model, NotSupported, all_components
+from mechunlearn.models import Model, NotSupported
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -58,14 +59,12 @@ def direct_logit_attribution(
         unembedding here. TransformerLens asks for compatibility mode, which would rewrite the model's weights.
     Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; Wang et al. 2022, arXiv:2211.00593.
     """
-    if not kinds:
-        raise ValueError("direct_logit_attribution: option 'kinds': got none, allowed: mlp, attention, head")
+    components = components_of(model, "direct_logit_attribution", kinds, ("mlp", "attention", "head"))
     if "head" in kinds and model.architecture.attention_write != model.architecture.attention:
         raise NotSupported(
             f"direct_logit_attribution: heads of {model.architecture.name} have no direct effect of their own, for a "
             "norm stands between them and the stream; take kinds mlp and attention"
         )
-    components = all_components(model, tuple(dict.fromkeys(kinds)))
     pairs = build_pairs(model, facts, seed=seed)
     per_fact = np.zeros((len(facts), len(components), 1))
     rest: list[list[float]] = []

@@ -12,13 +12,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mechunlearn.activations import Place, exact, hooked, last_logits, untouched
-from mechunlearn.architectures import projection_columns
+from mechunlearn.activations import Place, exact, hooked, last_logits, leaf, untouched
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.html_card import html_card
 from mechunlearn.localize.first_order import SIGN, difference, run
-from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs
-from mechunlearn.models import Model, NotSupported, block, embedding, has_parallel_blocks, head_input, is_transposed
+from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs, fact_means
+from mechunlearn.models import Model, NotSupported, block, has_parallel_blocks, oriented, projection_columns
 
 Part = Literal["query", "key", "value"]
 
@@ -105,15 +104,12 @@ def edge_attribution_patching(
         readers += [f"a{layer}.{shared}{g}.{part}" for part in "kv" for g in kv]
         readers += [f"m{layer}"]
         writers += [*(f"a{layer}.h{h}" for h in heads), f"m{layer}"]
-    total = np.zeros((len(facts), len(writers), len(readers) + 1))
     with untouched(model):
-        for batch in batches(model, pairs, batch_size):
-            scores = edge_scores(model, batch)
-            np.add.at(total, [pair.fact for pair in batch.pairs], scores.double().cpu().numpy())
-    n_pairs = np.bincount([pair.fact for pair in pairs], minlength=len(facts))
+        scored = ((batch, edge_scores(model, batch)) for batch in batches(model, pairs, batch_size))
+        per_fact = fact_means(len(facts), scored)
     return EdgeScores(
         metric="logit_diff", sign=SIGN.replace("component's value", "writer's value, as this reader sees it,"),
-        writers=tuple(writers), readers=(*readers, "logits"), per_fact=total / n_pairs[:, None, None],
+        writers=tuple(writers), readers=(*readers, "logits"), per_fact=per_fact,
         options={"pairs_per_fact": pairs_per_fact, "batch_size": batch_size, "seed": seed},
         facts_sha256=hash_facts(facts), notes=describe_pairs(pairs),
     )  # fmt: skip
@@ -125,30 +121,32 @@ def edge_scores(model: Model, batch: PairBatch) -> Float[Tensor, "batch writer r
     written: list[Place] = [("stream", 0), *((kind, i) for i in range(n) for kind in ("head", "mlp"))]
     clean = run(model, batch, batch.clean, written, gradient=False)
     with ExitStack() as stack, torch.enable_grad():
-        leaf = embedding(model).register_forward_hook(lambda _m, _i, output: output.detach().requires_grad_())
-        stack.callback(leaf.remove)
         taps = [_tap(model, layer, stack) for layer in range(n)]
-        seen = stack.enter_context(hooked(model, record=[*written, ("block", n - 1)]))
+        seen = stack.enter_context(hooked(model, record=[*written, ("block", n - 1)], change_embedding=leaf))
         metric = batch.logit_diff(last_logits(model, batch.corrupt))
         wanted = [tensor for tap in taps for tensor in tap.outputs.values()]
         *found, end = torch.autograd.grad(metric.sum(), [*wanted, seen["block", n - 1]])
     gradients = iter(found)
-    moved = {place: difference(batch, clean.activations[place], seen[place].detach()) for place in written}
     weight = batch.roles.any(dim=2)[..., None]
-    deltas = [moved["stream", 0][:, :, None] * weight[..., None]]
+    moved = {place: difference(batch, clean.activations[place], seen[place].detach()) * weight for place in written}
+    n_heads, parallel = model.n_heads, has_parallel_blocks(model)
+    start = moved["stream", 0]
+    deltas = start.new_empty(*start.shape[:2], 1 + n * (n_heads + 1), model.d_model)  # of all writers, in their order
+    deltas[:, :, 0] = start
     columns: list[Tensor] = []
     for layer, tap in enumerate(taps):
+        before = 1 + layer * (n_heads + 1)
+        after = before + n_heads
+        deltas[:, :, before:after] = _heads(model, layer, moved["head", layer])
+        deltas[:, :, after] = moved["mlp", layer]
         at = {name: exact(batch.take(next(gradients), batch.corrupt_positions)) for name in tap.outputs}
-        before = deltas[: 2 * layer + 1]
-        columns.append(_read(model, batch, tap, before, _attention_inputs(model, layer, at), "attention_norm"))
-        deltas.append(_heads(model, layer, moved["head", layer]) * weight[..., None])
-        parallel = has_parallel_blocks(model)
-        before = before if parallel else deltas[: 2 * layer + 2]
-        columns.append(_read(model, batch, tap, before, at["mlp_norm"][None], "mlp_norm"))
-        deltas.append(moved["mlp", layer][:, :, None] * weight[..., None])
+        wanted_of_heads = _attention_inputs(model, layer, at)
+        columns.append(_read(model, batch, tap, deltas[:, :, :before], wanted_of_heads, "attention_norm"))
+        seen_by_mlp = deltas[:, :, : before if parallel else after]
+        columns.append(_read(model, batch, tap, seen_by_mlp, at["mlp_norm"][None], "mlp_norm"))
     last = exact(batch.take(end, batch.corrupt_positions))
-    columns.append(torch.einsum("bawd,bad->bw", torch.cat(deltas, dim=2), last)[:, :, None])
-    n_writers = columns[-1].shape[1]
+    columns.append(torch.einsum("bawd,bad->bw", deltas, last)[:, :, None])
+    n_writers = deltas.shape[2]
     return torch.cat([nn.functional.pad(c, (0, 0, 0, n_writers - c.shape[1])) for c in columns], dim=2)
 
 
@@ -192,16 +190,15 @@ def _projections(model: Model) -> tuple[Part, ...]:
 
 def _attention_inputs(model: Model, layer: int, at: dict[str, Tensor]) -> Float[Tensor, "reader batch pos d_model"]:
     """What each head's queries, keys and values want of the norm's output: their gradient through their own weights."""
-    sizes, architecture = model.sizes, model.architecture
+    architecture = model.architecture
     wanted: list[Tensor] = []
-    counts: dict[Part, int] = {"query": sizes.n_heads, "key": sizes.n_kv_heads, "value": sizes.n_kv_heads}
+    counts: dict[Part, int] = {"query": model.n_heads, "key": model.n_kv_heads, "value": model.n_kv_heads}
     for part, count in counts.items():
-        for index in range(count):
-            path, columns = projection_columns(architecture, sizes, part, index)
-            name = f"{architecture.blocks}.{layer}.{path}.weight"
-            weight = exact(model.hf.get_parameter(name).detach())
-            weight = weight.T if is_transposed(model, name) else weight  # [out in]
-            gradient = at[part if architecture.layout == "separate" else "query"]
+        name = f"{architecture.blocks}.{layer}.{getattr(architecture, part)}.weight"
+        weight = exact(oriented(model, name, model.hf.get_parameter(name).detach()))
+        gradient = at[part if architecture.layout == "separate" else "query"]
+        for head in range(count):
+            columns = projection_columns(model, part, head)
             wanted.append(gradient[..., columns] @ weight[columns])
     return torch.stack(wanted)
 
@@ -209,18 +206,22 @@ def _attention_inputs(model: Model, layer: int, at: dict[str, Tensor]) -> Float[
 def _heads(model: Model, layer: int, moved: Float[Tensor, "batch aligned width"]) -> Tensor:
     """What every head writes: its part of z through its part of the output projection, [batch aligned head d_model]."""
     name = f"{model.architecture.blocks}.{layer}.{model.architecture.output}.weight"
-    weight = exact(head_input(model, layer).get_parameter("weight").detach())
-    weight = weight if is_transposed(model, name) else weight.T  # [in out]
-    z = moved.unflatten(-1, (model.n_heads, -1))
-    return torch.einsum("bahe,hed->bahd", z, weight.unflatten(0, (model.n_heads, -1)))
+    weight = exact(oriented(model, name, model.hf.get_parameter(name).detach()))
+    z, of_heads = (tensor.unflatten(-1, (model.n_heads, -1)) for tensor in (moved, weight))
+    return torch.einsum("bahe,dhe->bahd", z, of_heads)
 
 
 def _read(
-    model: Model, batch: PairBatch, tap: _Tap, deltas: Sequence[Tensor], wanted: Tensor, norm: str
+    model: Model,
+    batch: PairBatch,
+    tap: _Tap,
+    deltas: Float[Tensor, "batch aligned writer d_model"],
+    wanted: Float[Tensor, "reader batch aligned d_model"],
+    norm: str,
 ) -> Float[Tensor, "batch writer reader"]:
     """Edges from all earlier writers to the readers behind one norm."""
     module = block(model, tap.layer).get_submodule(getattr(model.architecture, norm))
     x = batch.take(tap.inputs[norm], batch.corrupt_positions)
     pull = torch.func.vjp(module.forward, x)[1]
     (at_stream,) = torch.vmap(pull)(wanted.to(x.dtype))
-    return torch.einsum("bawd,rbad->bwr", torch.cat(list(deltas), dim=2), exact(at_stream))
+    return torch.einsum("bawd,rbad->bwr", deltas, exact(at_stream))

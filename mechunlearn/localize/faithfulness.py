@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.activations import Change, Place, hooked, last_logits, untouched
+from mechunlearn.activations import Change, Place, by_place, hooked, last_logits, untouched
 from mechunlearn.components import Component, ComponentScores, Reduction
 from mechunlearn.facts import Fact
 from mechunlearn.html_card import html_card
 from mechunlearn.localize.first_order import places_of
 from mechunlearn.localize.pairs import PairBatch, batches, build_pairs
-from mechunlearn.models import Model
+from mechunlearn.models import Model, n_parts
 
 SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of all components: the benchmark's ten circuit sizes."""
@@ -147,24 +147,23 @@ def replacements(
     model: Model, batch: PairBatch, components: Sequence[Component], donor: Mapping[Place, Tensor]
 ) -> dict[Place, Change]:
     """Changes that give the components their output on the donor's run at all tokens that both prompts have."""
-    members: dict[Place, list[int]] = {}
-    for component in components:
-        members.setdefault((component.kind, component.layer), []).append(component.index or 0)
     row, k = batch.roles.any(dim=2).nonzero(as_tuple=True)
     to, source = batch.clean_positions[row, k], batch.corrupt_positions[row, k]
 
     def change(place: Place, parts: list[int]) -> Change:
         def put(value: Tensor) -> Tensor:
-            n_parts = {"head": model.n_heads, "neuron": model.d_mlp}.get(place[0], 1)
-            changed = value.clone().unflatten(-1, (n_parts, -1))
+            split = (n_parts(model, place[0]), -1)
+            changed, new = value.clone().unflatten(-1, split), donor[place].unflatten(-1, split)
             at = torch.tensor(parts, device=value.device)
-            new = donor[place].unflatten(-1, (n_parts, -1))
             changed[row[:, None], to[:, None], at] = new[row[:, None], source[:, None], at]
             return changed.flatten(-2)
 
         return put
 
-    return {place: change(place, parts) for place, parts in members.items()}
+    return {
+        place: change(place, [components[number].index or 0 for number in numbers])
+        for place, numbers in by_place(components).items()
+    }
 
 
 def check_disjoint(components: Collection[Component]) -> None:

@@ -1,6 +1,6 @@
 """One engine for every first-order score: the difference of two runs' activations times a gradient, place by place."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.activations import Change, Place, Tokens, exact, hooked, last_logits, untouched
-from mechunlearn.components import ROLES, Component, ComponentScores
+from mechunlearn.activations import Change, Place, Tokens, by_place, exact, hooked, last_logits, untouched
+from mechunlearn.components import Component, ComponentScores
 from mechunlearn.facts import Fact, hash_facts
-from mechunlearn.localize.pairs import Donors, PairBatch, batches, build_pairs, describe_pairs
-from mechunlearn.models import Model, all_components
+from mechunlearn.localize.kinds import components_of
+from mechunlearn.localize.pairs import Donors, PairBatch, batches, build_pairs, describe_pairs, fact_means
+from mechunlearn.models import Model, n_parts
 
 Form = Literal["denoise", "noise", "both"]
 FirstOrderKind = Literal["mlp", "attention", "head", "neuron"]
@@ -48,25 +49,25 @@ def score_pairs(
     Raises:
         ValueError: no facts, no kinds, or a fact that cannot be paired.
     """
-    if not kinds:
-        raise ValueError(f"{method}: option 'kinds': got none, allowed: mlp, attention, head, neuron")
+    components = components_of(model, method, kinds)
     pairs = build_pairs(model, facts, pairs_per_fact=pairs_per_fact, donors=donors, seed=seed)
-    components = all_components(model, tuple(dict.fromkeys(kinds)))
-    total = np.zeros((len(facts), len(components), len(ROLES)))
     metrics: list[tuple[float, float]] = []
-    with untouched(model), rule or nullcontext():
+
+    def scored() -> Iterator[tuple[PairBatch, Tensor]]:
         for batch in batches(model, pairs, batch_size):
             scores, clean, corrupt = score(batch, components)
-            np.add.at(total, [pair.fact for pair in batch.pairs], scores.double().cpu().numpy())
-            metrics += zip(clean.tolist(), corrupt.tolist(), strict=True)
-    n_pairs = np.bincount([pair.fact for pair in pairs], minlength=len(facts))
+            metrics.extend(zip(clean.tolist(), corrupt.tolist(), strict=True))
+            yield batch, scores
+
+    with untouched(model), rule or nullcontext():
+        per_fact = fact_means(len(facts), scored())
     clean_mean, corrupt_mean = np.mean(metrics, axis=0)
     return ComponentScores(
         method=method,
         metric="logit_diff",
         sign=sign,
         components=components,
-        per_fact=total / n_pairs[:, None, None],
+        per_fact=per_fact,
         options={**options, "kinds": list(kinds), "pairs_per_fact": pairs_per_fact, "donors": donors,
                  "batch_size": batch_size, "seed": seed},
         facts_sha256=hash_facts(facts),
@@ -106,7 +107,7 @@ def first_order_scores(
 
 def places_of(components: Sequence[Component]) -> list[Place]:
     """Where the components' activations are, each place once, in the order of layers."""
-    return sorted({(component.kind, component.layer) for component in components}, key=lambda place: place[::-1])
+    return sorted(by_place(components), key=lambda place: place[::-1])
 
 
 def difference(batch: PairBatch, clean: Tensor, corrupt: Tensor) -> Float[Tensor, "batch aligned width"]:
@@ -118,7 +119,7 @@ def by_role(
     model: Model, batch: PairBatch, place: Place, product: Float[Tensor, "batch aligned width"]
 ) -> Float[Tensor, "batch part role"]:
     """Sum products over d_model, or over each head, or not at all for neurons, and over the tokens of each role."""
-    parts = {"head": model.n_heads, "neuron": model.d_mlp}.get(place[0], 1)
+    parts = n_parts(model, place[0])
     of_parts = product if parts == product.shape[-1] else product.unflatten(-1, (parts, -1)).sum(-1)
     return torch.einsum("bah,bar->bhr", of_parts, batch.roles.to(of_parts.dtype))
 
@@ -127,14 +128,10 @@ def assemble(
     components: Sequence[Component], effects: Mapping[Place, Float[Tensor, "batch part role"]]
 ) -> Float[Tensor, "batch component role"]:
     """The places' effects in the order of the components."""
-    rows: dict[Place, list[tuple[int, int]]] = {}
-    for row, component in enumerate(components):
-        rows.setdefault((component.kind, component.layer), []).append((row, component.index or 0))
     some = next(iter(effects.values()))
     scores = some.new_empty(some.shape[0], len(components), some.shape[2])
-    for place, members in rows.items():
-        into, parts = (list(column) for column in zip(*members, strict=True))
-        scores[:, into] = effects[place][:, parts]
+    for place, rows in by_place(components).items():
+        scores[:, rows] = effects[place][:, [components[row].index or 0 for row in rows]]
     return scores
 
 

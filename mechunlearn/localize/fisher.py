@@ -8,7 +8,7 @@ from pydantic import Field
 from mechunlearn.components import ComponentScores, Kind
 from mechunlearn.facts import Fact
 from mechunlearn.localize import LOCALIZERS
-from mechunlearn.localize.weight_gradients import Normalize, WeightMetric, components_of, weight_result, weight_sums
+from mechunlearn.localize.weight_gradients import Normalize, WeightMetric, weight_scores
 from mechunlearn.models import Model
 
 
@@ -46,13 +46,8 @@ def fisher(
         not answers drawn from the model.
     Source: Kirkpatrick et al. 2017, arXiv:1612.00796, section 2; Foster et al. 2023, arXiv:2308.07707.
     """
-    components = components_of(model, "fisher", kinds)
-    shared = {"metric": metric, "normalize": normalize, "batch_size": batch_size, "seed": seed}
-    values = weight_sums(
-        model, facts, components, "squared", metric=metric, normalize=normalize, batch_size=batch_size, seed=seed
-    )
-    return weight_result(
-        "fisher", facts, components, values,
-        metric=metric, sign="squared gradient, at least 0; larger: the answer is more sensitive to these weights",
-        options={"kinds": kinds, **shared},
+    return weight_scores(
+        model, facts, "squared", method="fisher",
+        sign="squared gradient, at least 0; larger: the answer is more sensitive to these weights",
+        kinds=kinds, metric=metric, normalize=normalize, batch_size=batch_size, seed=seed,
     )  # fmt: skip

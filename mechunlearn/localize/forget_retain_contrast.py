@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ from pydantic import Field
 from mechunlearn.components import ComponentScores, Kind
 from mechunlearn.facts import Fact
 from mechunlearn.localize import LOCALIZERS
-from mechunlearn.localize.weight_gradients import Normalize, WeightMetric, components_of, weight_result, weight_sums
+from mechunlearn.localize.weight_gradients import Normalize, WeightMetric, weight_scores
 from mechunlearn.models import Model
 
 
@@ -57,18 +58,20 @@ def forget_retain_contrast(
     """
     if not retain:
         raise ValueError("forget_retain_contrast: got no facts to retain, allowed: at least one; give `retain`")
-    components = components_of(model, "forget_retain_contrast", kinds)
     kept = sorted(retain, key=lambda fact: fact.key)
     if len(kept) > max_retain:
         kept = random.Random(seed).sample(kept, max_retain)
-    shared = {"metric": metric, "normalize": normalize, "batch_size": batch_size, "seed": seed}
 
-    def squares(listed: Sequence[Fact]) -> np.ndarray:
-        return weight_sums(
-            model, listed, components, "squared", metric=metric, normalize=normalize, batch_size=batch_size, seed=seed
-        )
+    def squares(listed: Sequence[Fact]) -> ComponentScores:
+        return weight_scores(
+            model, listed, "squared", method="forget_retain_contrast",
+            sign=f"squared gradients, forget against retain ({contrast}); larger: matters more to forget",
+            kinds=kinds, metric=metric, normalize=normalize, batch_size=batch_size, seed=seed,
+            options={"contrast": contrast, "max_retain": max_retain},
+        )  # fmt: skip
 
-    forget, keep = squares(facts), squares(kept).mean(axis=0)
+    scores, keep = squares(facts), squares(kept).per_fact[:, :, 0].mean(axis=0)
+    forget = scores.per_fact[:, :, 0]
     if not (forget.sum(axis=1) > 0).all() or not (keep.sum() if contrast == "share" else keep.min()) > 0:
         raise ValueError("forget_retain_contrast: got gradients that are exactly 0, allowed: some for every fact and "
                          "component; take metric 'logit_diff' and contrast 'share'")  # fmt: skip
@@ -78,9 +81,5 @@ def forget_retain_contrast(
         values = forget / keep
     else:  # a floor far below any rounding error, for a single weight of one fact may have no gradient at all
         values = np.log(np.maximum(forget, np.finfo(float).tiny)) - np.log(keep)
-    return weight_result(
-        "forget_retain_contrast", facts, components, values,
-        metric=metric, sign=f"squared gradients, forget against retain ({contrast}); larger: matters more to forget",
-        options={"contrast": contrast, "kinds": kinds, "max_retain": max_retain, **shared},
-        notes={"n_retain": len(kept), "forget": forget.mean(axis=0).tolist(), "retain": keep.tolist()},
-    )  # fmt: skip
+    notes = {"n_retain": len(kept), "forget": forget.mean(axis=0).tolist(), "retain": keep.tolist()}
+    return replace(scores, per_fact=values[:, :, None], notes=notes)

@@ -63,10 +63,3 @@ def gated_logits(
 
     with hooked(model, change={place: mixing(place) for place in places}):
         return last_logits(model, batch.clean)
-
-
-def record_donor(model: Model, batch: PairBatch, places: Sequence[Place]) -> dict[Place, Tensor]:
-    """What the places hold on the donor's run."""
-    with torch.no_grad(), hooked(model, record=places) as seen:
-        last_logits(model, batch.corrupt)
-    return seen

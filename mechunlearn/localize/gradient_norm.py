@@ -1,6 +1,7 @@
 """Gradient norm: how steeply the facts depend on a component's weights."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -9,7 +10,7 @@ from pydantic import Field
 from mechunlearn.components import ComponentScores, Kind
 from mechunlearn.facts import Fact
 from mechunlearn.localize import LOCALIZERS
-from mechunlearn.localize.weight_gradients import Normalize, WeightMetric, components_of, weight_result, weight_sums
+from mechunlearn.localize.weight_gradients import Normalize, WeightMetric, weight_scores
 from mechunlearn.models import Model
 
 
@@ -47,14 +48,9 @@ def gradient_norm(
         which facts cancel.
     Source: Lee et al. 2023, arXiv:2210.11466 (relative gradient norm); Fan et al. 2024, arXiv:2310.12508 (saliency).
     """
-    components = components_of(model, "gradient_norm", kinds)
-    shared = {"metric": metric, "normalize": normalize, "batch_size": batch_size, "seed": seed}
-    entry = "squared" if norm == "l2" else "absolute"
-    values = weight_sums(
-        model, facts, components, entry, metric=metric, normalize=normalize, batch_size=batch_size, seed=seed
-    )
-    return weight_result(
-        "gradient_norm", facts, components, np.sqrt(values) if norm == "l2" else values,
-        metric=metric, sign="norm of the metric's gradient, at least 0; larger: a small change moves the answer more",
-        options={"norm": norm, "kinds": kinds, **shared},
+    scores = weight_scores(
+        model, facts, "squared" if norm == "l2" else "absolute", method="gradient_norm",
+        sign="norm of the metric's gradient, at least 0; larger: a small change moves the answer more",
+        kinds=kinds, metric=metric, normalize=normalize, batch_size=batch_size, seed=seed, options={"norm": norm},
     )  # fmt: skip
+    return replace(scores, per_fact=np.sqrt(scores.per_fact)) if norm == "l2" else scores

@@ -9,7 +9,8 @@ from mechunlearn.components import ComponentScores
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.holding import Sublayer, held_effects
-from mechunlearn.models import Model, all_components
+from mechunlearn.localize.kinds import components_of
+from mechunlearn.models import Model
 
 
 @LOCALIZERS.register(
@@ -50,9 +51,7 @@ def held_patching(
     Differs from the source: the held set is a kind of sublayer, not the complement of one path; tokens by role.
     Source: Pearl 2001, "Direct and indirect effects"; Goldowsky-Dill et al. 2023, arXiv:2304.05969.
     """
-    if not kinds:
-        raise ValueError("held_patching: option 'kinds': got none, allowed: mlp, attention")
-    components = all_components(model, tuple(dict.fromkeys(kinds)))
+    components = components_of(model, "held_patching", kinds, ("mlp", "attention"))
     options = {"pairs_per_fact": pairs_per_fact, "batch_size": batch_size, "seed": seed}
     effects, notes = held_effects(model, facts, components, held, **options)
     return ComponentScores(

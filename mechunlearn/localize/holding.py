@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.activations import Change, Place, hooked, last_logits, untouched
+from mechunlearn.activations import Change, Place, hooked, last_logits, place_of, untouched
 from mechunlearn.components import ROLES, Component
 from mechunlearn.facts import Fact
-from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs
+from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs, fact_means, record_donor
 from mechunlearn.models import Model
 
 Sublayer = Literal["mlp", "attention"]
@@ -34,13 +34,9 @@ def held_effects(
     m = logit(true answer) - logit(donor's answer).
     """
     pairs = build_pairs(model, facts, pairs_per_fact=pairs_per_fact, seed=seed)
-    total = np.zeros((len(facts), len(components), len(ROLES)))
     with untouched(model), torch.no_grad():
-        for batch in batches(model, pairs, batch_size):
-            scores = _effects(model, batch, components, held)
-            np.add.at(total, [pair.fact for pair in batch.pairs], scores.double().cpu().numpy())
-    n_pairs = np.bincount([pair.fact for pair in pairs], minlength=len(facts))
-    return total / n_pairs[:, None, None], describe_pairs(pairs)
+        scored = ((batch, _effects(model, batch, components, held)) for batch in batches(model, pairs, batch_size))
+        return fact_means(len(facts), scored), describe_pairs(pairs)
 
 
 def _effects(
@@ -48,11 +44,10 @@ def _effects(
 ) -> Float[Tensor, "batch component role"]:
     layers = range(model.n_layers)
     kept: list[Place] = [(kind, layer) for kind in dict.fromkeys(held) for layer in layers]
-    places = [_place(component) for component in components]
+    places = [place_of(component) for component in components]
     with hooked(model, record=[*dict.fromkeys((*kept, *places))]) as own:
         clean = batch.logit_diff(last_logits(model, batch.clean))
-    with hooked(model, record=places) as donor:
-        last_logits(model, batch.corrupt)
+    donor = record_donor(model, batch, places)
     effects = torch.zeros(len(clean), len(components), len(ROLES), device=clean.device, dtype=clean.dtype)
     present = [role for i, role in enumerate(ROLES) if bool(batch.roles[..., i].any())]
     for number, place in enumerate(places):
@@ -63,11 +58,6 @@ def _effects(
                 after = batch.logit_diff(last_logits(model, batch.clean))
             effects[:, number, ROLES.index(role)] = clean - after
     return effects
-
-
-def _place(component: Component) -> Place:
-    assert component.kind in ("mlp", "attention")  # the kinds offered
-    return component.kind, component.layer
 
 
 def _write(value: Tensor) -> Change:

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from mechunlearn.activations import Place, last_logits, untouched
-from mechunlearn.components import ROLES, Component, ComponentScores, Kind
+from mechunlearn.activations import Place, by_place, last_logits, untouched
+from mechunlearn.components import ROLES, ComponentScores, Kind
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize import LOCALIZERS
-from mechunlearn.localize.gates import gated_logits, hard_concrete, probability_open, record_donor, settled
-from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs
-from mechunlearn.models import Model, all_components
+from mechunlearn.localize.gates import gated_logits, hard_concrete, probability_open, settled
+from mechunlearn.localize.kinds import components_of
+from mechunlearn.localize.pairs import PairBatch, batches, build_pairs, describe_pairs, record_donor
+from mechunlearn.models import Model
 
 _START = 2.0  # gates start open: P(gate > 0) = 0.97
 
@@ -66,13 +67,11 @@ def learned_mask(
     Source: Louizos et al. 2018, arXiv:1712.01312, section 2.2; De Cao et al. 2020, arXiv:2004.14992; Cao et al. 2021,
         arXiv:2104.03514 (masks over a trained model).
     """
-    if not kinds:
-        raise ValueError("learned_mask: option 'kinds': got none, allowed: mlp, attention, head, neuron")
     order = sorted(range(len(facts)), key=lambda i: facts[i].key)  # so that the facts' order changes no batch
     pairs = build_pairs(model, [facts[i] for i in order], pairs_per_fact=pairs_per_fact, seed=seed)
-    components = all_components(model, tuple(dict.fromkeys(kinds)))
+    components = components_of(model, "learned_mask", kinds)
     roles = ROLES if by_role else ("all",)
-    places = _places(components)
+    places = by_place(components)
     generator = torch.Generator().manual_seed(seed)
     shape = (len(facts) if gates == "per_fact" else 1, len(components), len(roles))
     logits = torch.full(shape, _START, device=model.device, requires_grad=True)
@@ -118,13 +117,6 @@ def learned_mask(
             **dict(zip(("logit_diff_clean", "logit_diff_kept", "logit_diff_closed"), kept, strict=True)),
         },
     )  # fmt: skip
-
-
-def _places(components: Sequence[Component]) -> dict[Place, list[int]]:
-    found: dict[Place, list[int]] = {}
-    for column, component in enumerate(components):
-        found.setdefault((component.kind, component.layer), []).append(column)
-    return found
 
 
 def _rows(batch: PairBatch, n_rows: int) -> list[int]:

@@ -1,16 +1,17 @@
 """Clean and corrupt runs: a fact's prompt beside the same template about another subject with another answer."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechunlearn.activations import Tokens, pad
+from mechunlearn.activations import Place, Tokens, hooked, last_logits, pad
 from mechunlearn.components import ROLES
 from mechunlearn.facts import Fact
 from mechunlearn.models import Model
@@ -153,6 +154,26 @@ def to_batch(model: Model, pairs: Sequence[Pair]) -> PairBatch:
         corrupt_positions=table[..., 1],
         roles=(table[..., 2:] == torch.arange(len(ROLES), device=model.device)).float(),
     )
+
+
+def fact_means(
+    n_facts: int, scored: Iterable[tuple[PairBatch, Float[Tensor, "batch ..."]]]
+) -> Float[np.ndarray, "fact ..."]:
+    """Scores of batches of pairs, averaged over each fact's pairs."""
+    total, count = np.zeros(()), np.zeros(n_facts)
+    for batch, scores in scored:
+        facts, found = [pair.fact for pair in batch.pairs], scores.double().cpu().numpy()
+        total = total if total.shape else np.zeros((n_facts, *found.shape[1:]))
+        np.add.at(total, facts, found)
+        np.add.at(count, facts, 1)
+    return total / count.reshape(-1, *[1] * (total.ndim - 1))
+
+
+def record_donor(model: Model, batch: PairBatch, places: Sequence[Place]) -> dict[Place, Tensor]:
+    """What the places hold on the corrupt run."""
+    with torch.no_grad(), hooked(model, record=places) as seen:
+        last_logits(model, batch.corrupt)
+    return seen
 
 
 class _Builder:

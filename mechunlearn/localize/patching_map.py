@@ -7,12 +7,13 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
 
-from mechunlearn.activations import Change, Place, Tokens, hooked, last_logits, untouched
+from mechunlearn.activations import place_of, untouched
 from mechunlearn.components import Component
 from mechunlearn.facts import Fact
 from mechunlearn.localize.pairs import build_pairs, to_batch
+from mechunlearn.localize.patching import component_effects, exchange
+from mechunlearn.localize.scoring import measure_of
 from mechunlearn.models import Model, all_components
 from mechunlearn.prompts import token_texts
 
@@ -58,35 +59,17 @@ def patching_map(
     pair = next(p for p in build_pairs(model, [fact, *others], seed=seed) if p.fact == 0)
     batch = to_batch(model, [pair])
     components = all_components(model, tuple(kinds))
-    places: list[Place] = [(component.kind, component.layer) for component in components]  # pyright: ignore[reportAssignmentType]
-    at = torch.arange(len(pair.aligned), device=model.device)
-    repeated = Tokens(
-        ids=batch.corrupt.ids.repeat(len(at), 1), mask=batch.corrupt.mask.repeat(len(at), 1),
-        last=batch.corrupt.last.repeat(len(at)),
-    )  # fmt: skip
-
-    def restore(clean: Tensor) -> Change:
-        def change(value: Tensor) -> Tensor:
-            changed = value.clone()
-            changed[at, batch.corrupt_positions[0]] = clean[0, batch.clean_positions[0]]
-            return changed
-
-        return change
-
+    one_token_each = torch.eye(len(pair.aligned), dtype=torch.bool, device=model.device)[:, None]
     with untouched(model), torch.no_grad():
-        with hooked(model, record=places) as seen:
-            clean = float(batch.logit_diff(last_logits(model, batch.clean)))
-        corrupt = float(batch.logit_diff(last_logits(model, batch.corrupt)))
+        given = exchange(model, batch, [place_of(component) for component in components], restore=True)
+        clean, corrupt = (float(batch.logit_diff(given.logits[run])) for run in ("clean", "corrupt"))
         if abs(clean - corrupt) < 1e-6:
             raise ValueError(
                 f"patching map: the runs of {fact.subject!r} and {pair.donor!r} do not differ; take another fact"
             )
-        values = np.zeros((len(components), len(pair.clean)))
-        for row, place in enumerate(places):
-            with hooked(model, change={place: restore(seen[place])}):
-                logits = last_logits(model, repeated)
-            patched = (logits[:, pair.answer] - logits[:, pair.counterfactual]).double().cpu().numpy()
-            values[row, [c for c, _, _ in pair.aligned]] = (patched - corrupt) / (clean - corrupt)
+        effects = component_effects(model, given, components, one_token_each, measure_of(batch, "logit_diff"))[0]
+    values = np.zeros((len(components), len(pair.clean)))
+    values[:, [c for c, _, _ in pair.aligned]] = effects.double().cpu().numpy() / (clean - corrupt)
     return PatchingMap(
         tokens=token_texts(model, pair.clean),
         components=components,

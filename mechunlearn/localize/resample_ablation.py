@@ -1,30 +1,21 @@
 """Exact ablation: what the model loses when an MLP's output is another subject's."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
-import numpy as np
-import pandas as pd
 import torch
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
-from mechunlearn.activations import Change, Place, hooked, last_logits, untouched
+from mechunlearn.activations import Place, untouched
 from mechunlearn.components import ComponentScores
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize import LOCALIZERS
-from mechunlearn.localize.pairs import SUBJECT_ROLES, PairBatch, batches, build_pairs, describe_pairs
+from mechunlearn.localize.pairs import batches, build_pairs, describe_pairs
+from mechunlearn.localize.patching import exchange
+from mechunlearn.localize.scoring import exact_scores
 from mechunlearn.models import Model, all_components
 
-AblationRole = Literal["subject", "last", "all"]
-_TOKENS: Mapping[AblationRole, tuple[str, ...]] = {
-    "subject": SUBJECT_ROLES,
-    "last": ("last",),
-    "all": (*SUBJECT_ROLES, "between", "last"),
-}
-_ROLES: tuple[AblationRole, ...] = ("subject", "last")
+_ROLES = ("subject", "last")
 
 
 @LOCALIZERS.register("resample_ablation", source="Chan et al. 2022; Zhang & Nanda 2023, arXiv:2309.16042")
@@ -40,8 +31,10 @@ def resample_ablation(
     """Measure exactly what each MLP carries: give it the output it has on another subject, see what is lost.
 
     score(m, role) = metric(clean run) - metric(clean run with m's output at the role's tokens taken from the donor's
-    run). Two roles: all subject tokens at once, and the last token.
+    run). Two roles: all subject tokens at once, and the last token. This is `activation_patching` with form "noise" on
+    MLPs; it has a name of its own because runs hold every localizer against it, whatever their settings say.
 
+    Shapes: [fact component role].
     Sign and units: logits, or a share in [-1, 1] for accuracy. Positive: the MLP carries the fact. Exact, but effects
         of several MLPs or roles do not add up.
 
@@ -58,131 +51,19 @@ def resample_ablation(
     pairs = build_pairs(model, facts, pairs_per_fact=pairs_per_fact, seed=seed)
     components = all_components(model, ("mlp",))
     places: list[Place] = [("mlp", component.layer) for component in components]
-    total = np.zeros((len(facts), len(components), len(_ROLES)))
-    clean_values: list[float] = []
     with untouched(model), torch.no_grad():
-        for batch in batches(model, pairs, batch_size):
-            measure = _logit_diff if metric == "logit_diff" else _accuracy
-            clean = measure(batch, last_logits(model, batch.clean))
-            donors = record_donor(model, batch, places)
-            drops = [
-                [clean - measure(batch, ablated_logits(model, batch, {place: donors[place]}, role)) for role in _ROLES]
-                for place in places
-            ]
-            scores = torch.stack([torch.stack(row, dim=-1) for row in drops], dim=1)
-            np.add.at(total, [pair.fact for pair in batch.pairs], scores.double().cpu().numpy())
-            clean_values += clean.tolist()
-    n_pairs = np.bincount([pair.fact for pair in pairs], minlength=len(facts))
+        prepared = (exchange(model, batch, places, restore=False) for batch in batches(model, pairs, batch_size))
+        per_fact, means = exact_scores(
+            model, len(facts), prepared, components, _ROLES, metric=metric, batch_size=2 * batch_size
+        )
     return ComponentScores(
         method="resample_ablation",
         metric=metric,
         sign="drop of the metric when the MLP's output is another subject's; positive: the MLP carries the fact",
         components=components,
         roles=_ROLES,
-        per_fact=total / n_pairs[:, None, None],
+        per_fact=per_fact,
         options={"metric": metric, "pairs_per_fact": pairs_per_fact, "batch_size": batch_size, "seed": seed},
         facts_sha256=hash_facts(facts),
-        notes={**describe_pairs(pairs), f"{metric}_clean": float(np.mean(clean_values))},
+        notes={**describe_pairs(pairs), **means},
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Band:
-    """Neighbouring MLPs, first to last layer inclusive, at the subject's tokens or at the last one."""
-
-    first: int
-    last: int
-    role: AblationRole = "subject"
-    held: tuple[int, ...] = ()
-    """Layers whose MLPs write what they write on the clean run, at every token, whatever reaches them."""
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Every layer of the band."""
-        return tuple(range(self.first, self.last + 1))
-
-
-def ablate_bands(
-    model: Model,
-    facts: Sequence[Fact],
-    bands: Sequence[Band],
-    *,
-    pairs_per_fact: int = 1,
-    batch_size: int = 32,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Ablate the MLPs of several layers at once, each with its output on the donor's run; band by band.
-
-    Returns:
-        One row per pair and band: fact (its index), first, last, role, has_donor (False where the subject was replaced
-        by random tokens); clean and correct (the true answer beats all other candidates, before and under ablation),
-        donor (the highest candidate is the donor's answer). The share of clean - correct is what the band is needed
-        for, that of donor among pairs that have one what it suffices for.
-
-    Raises:
-        ValueError: no or unknown layers, or a fact that cannot be paired.
-    """
-    for band in bands:
-        layers = (*band.held, band.first, band.last)
-        inside = all(0 <= layer < model.n_layers for layer in layers) and not set(band.held) & set(band.layers)
-        if not inside or band.first > band.last or band.role not in _TOKENS:
-            raise ValueError(
-                f"ablate_bands: got layers {band.first} to {band.last} at {band.role!r}, allowed: "
-                f"within 0 to {model.n_layers - 1}, first to last, at {', '.join(_TOKENS)}, none of them held"
-            )
-    rows: list[tuple[int, int, int, str, bool, bool, bool, bool]] = []
-    places: list[Place] = [("mlp", layer) for layer in sorted({layer for band in bands for layer in band.layers})]
-    held: list[Place] = [("mlp", layer) for layer in sorted({layer for band in bands for layer in band.held})]
-    with untouched(model), torch.no_grad():
-        for batch in batches(model, build_pairs(model, facts, pairs_per_fact=pairs_per_fact, seed=seed), batch_size):
-            with hooked(model, record=held) as own:
-                clean = (batch.chosen(last_logits(model, batch.clean)) == batch.answer).tolist()
-            donors = record_donor(model, batch, places)
-            for band in bands:
-                changed = {place: donors[place] for place in places if place[1] in band.layers}
-                kept = {place: own[place] for place in held if place[1] in band.held}
-                chosen = batch.chosen(ablated_logits(model, batch, changed, band.role, kept))
-                correct, donor = (chosen == batch.answer).tolist(), (chosen == batch.counterfactual).tolist()
-                rows += [
-                    (pair.fact, band.first, band.last, band.role, pair.donor is not None, *outcome)
-                    for pair, *outcome in zip(batch.pairs, clean, correct, donor, strict=True)
-                ]
-    columns = ["fact", "first", "last", "role", "has_donor", "clean", "correct", "donor"]
-    return pd.DataFrame(rows, columns=pd.Index(columns))
-
-
-def record_donor(
-    model: Model, batch: PairBatch, places: Sequence[Place]
-) -> dict[Place, Float[Tensor, "batch pos d_model"]]:
-    """What the places write on the corrupt run."""
-    with hooked(model, record=places) as seen:
-        last_logits(model, batch.corrupt)
-    return seen
-
-
-def ablated_logits(
-    model: Model,
-    batch: PairBatch,
-    donors: Mapping[Place, Tensor],
-    role: AblationRole,
-    kept: Mapping[Place, Tensor] | None = None,
-) -> Float[Tensor, "batch d_vocab"]:
-    """Logits of the clean run in which the places write what they write on the donor's run; `kept` stays as given."""
-
-    def replacement(donor: Tensor) -> Change:
-        return lambda value: batch.put(value, donor, _TOKENS[role])
-
-    def held(own: Tensor) -> Change:
-        return lambda value: own
-
-    changes = {place: replacement(donor) for place, donor in donors.items()}
-    with hooked(model, change=changes | {place: held(own) for place, own in (kept or {}).items()}):
-        return last_logits(model, batch.clean)
-
-
-def _logit_diff(batch: PairBatch, logits: Tensor) -> Float[Tensor, " batch"]:
-    return batch.logit_diff(logits)
-
-
-def _accuracy(batch: PairBatch, logits: Tensor) -> Float[Tensor, " batch"]:
-    return (batch.chosen(logits) == batch.answer).float()

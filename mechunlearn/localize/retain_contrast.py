@@ -11,7 +11,8 @@ from mechunlearn.components import ComponentScores
 from mechunlearn.facts import Fact, hash_facts
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.holding import Sublayer, held_effects
-from mechunlearn.models import Model, all_components
+from mechunlearn.localize.kinds import components_of
+from mechunlearn.models import Model
 
 
 @LOCALIZERS.register("retain_contrast", source="own, on Zhang & Nanda 2023, arXiv:2309.16042 (symmetric patching)")
@@ -49,9 +50,7 @@ def retain_contrast(
 
     Source: own; the runs as in Zhang & Nanda 2023, arXiv:2309.16042.
     """
-    if not kinds:
-        raise ValueError("retain_contrast: option 'kinds': got none, allowed: mlp, attention")
-    components = all_components(model, tuple(dict.fromkeys(kinds)))
+    components = components_of(model, "retain_contrast", kinds, ("mlp", "attention"))
     options = {"pairs_per_fact": pairs_per_fact, "batch_size": batch_size, "seed": seed}
     effects, notes = held_effects(model, facts, components, held, **options)
     scores = _shares(effects)

@@ -8,7 +8,7 @@ from pydantic import Field
 from mechunlearn.components import ComponentScores, Kind
 from mechunlearn.facts import Fact
 from mechunlearn.localize import LOCALIZERS
-from mechunlearn.localize.weight_gradients import Normalize, WeightMetric, components_of, weight_result, weight_sums
+from mechunlearn.localize.weight_gradients import Normalize, WeightMetric, weight_scores
 from mechunlearn.models import Model
 
 
@@ -42,13 +42,8 @@ def snip(
         value of the batch's gradient and divide by the sum over all weights.
     Source: Lee et al. 2019, arXiv:1810.02340, equation 6; Wei et al. 2024, arXiv:2402.05162, section 3.
     """
-    components = components_of(model, "snip", kinds)
-    shared = {"metric": metric, "normalize": normalize, "batch_size": batch_size, "seed": seed}
-    values = weight_sums(
-        model, facts, components, "saliency", metric=metric, normalize=normalize, batch_size=batch_size, seed=seed
-    )
-    return weight_result(
-        "snip", facts, components, values,
-        metric=metric, sign="|weight x gradient|, at least 0; larger: setting the weights to 0 moves the answer more",
-        options={"kinds": kinds, **shared},
+    return weight_scores(
+        model, facts, "saliency", method="snip",
+        sign="|weight x gradient|, at least 0; larger: setting the weights to 0 moves the answer more",
+        kinds=kinds, metric=metric, normalize=normalize, batch_size=batch_size, seed=seed,
     )  # fmt: skip

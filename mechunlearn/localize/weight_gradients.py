@@ -16,11 +16,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mechunlearn.activations import exact, hooked, last_logits, pad, untouched
+from mechunlearn.activations import exact, hooked, last_logits, leaf, pad, untouched
 from mechunlearn.components import Component, ComponentScores, Kind
 from mechunlearn.facts import Fact, hash_facts
+from mechunlearn.localize.kinds import components_of
 from mechunlearn.localize.pairs import batches, build_pairs
-from mechunlearn.models import Model, all_components, component_parameters, is_transposed
+from mechunlearn.models import Model, component_parameters, is_transposed, oriented
 from mechunlearn.prompts import encode, encode_answers, render
 
 Entry = Literal["squared", "absolute", "saliency"]
@@ -29,6 +30,45 @@ WeightMetric = Literal["logit_diff", "log_prob"]
 """logit(true) - logit(a wrong answer) where they first differ, or log P(the whole true answer), after the prompt."""
 Normalize = Literal["mean", "sum"]
 Side = Literal["outputs", "inputs", "bias"]
+
+
+def weight_scores(
+    model: Model,
+    facts: Sequence[Fact],
+    entry: Entry,
+    *,
+    method: str,
+    sign: str,
+    kinds: Sequence[Kind],
+    metric: WeightMetric,
+    normalize: Normalize,
+    batch_size: int,
+    seed: int,
+    options: Mapping[str, Any] | None = None,
+) -> ComponentScores:
+    """`weight_sums` as scores without token roles, for weights are shared by all tokens.
+
+    Args:
+        options: the method's own, for the record.
+
+    Raises:
+        ValueError: no facts, no kinds, or for "logit_diff" a fact without a wrong answer to compare with.
+    """
+    components = components_of(model, method, kinds)
+    sums = weight_sums(
+        model, facts, components, entry, metric=metric, normalize=normalize, batch_size=batch_size, seed=seed
+    )
+    return ComponentScores(
+        method=method,
+        metric=metric,
+        sign=sign,
+        components=components,
+        roles=("all",),
+        per_fact=sums[:, :, None],
+        options={**(options or {}), "kinds": list(kinds), "metric": metric, "normalize": normalize,
+                 "batch_size": batch_size, "seed": seed},
+        facts_sha256=hash_facts(facts),
+    )  # fmt: skip
 
 
 def weight_sums(
@@ -60,46 +100,10 @@ def weight_sums(
                 sides = plan[path]
                 for side, (component, unit) in sides.items():
                     name = f"{path}.bias" if side == "bias" else f"{path}.weight"
-                    sums = _unit_sums(x, g, _as_out_in(model, weights[name], name), side, entry)
+                    sums = _unit_sums(x, g, oriented(model, name, weights[name]), side, entry)
                     found.index_add_(1, component, sums.double()[:, unit])
             total[rows] = found.cpu().numpy()
     return total / sizes if normalize == "mean" else total
-
-
-def weight_result(
-    method: str,
-    facts: Sequence[Fact],
-    components: tuple[Component, ...],
-    values: Float[np.ndarray, "fact component"],
-    *,
-    metric: str,
-    sign: str,
-    options: Mapping[str, Any],
-    notes: Mapping[str, Any] | None = None,
-) -> ComponentScores:
-    """Scores without token roles: weights are shared by all tokens."""
-    return ComponentScores(
-        method=method,
-        metric=metric,
-        sign=sign,
-        components=components,
-        roles=("all",),
-        per_fact=values[:, :, None],
-        options={name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},
-        facts_sha256=hash_facts(facts),
-        notes=notes or {},
-    )
-
-
-def components_of(model: Model, method: str, kinds: Sequence[Kind]) -> tuple[Component, ...]:
-    """Every component of the given kinds, each kind once.
-
-    Raises:
-        ValueError: no kinds.
-    """
-    if not kinds:
-        raise ValueError(f"{method}: option 'kinds': got none, allowed: mlp, attention, head, neuron")
-    return all_components(model, tuple(dict.fromkeys(kinds)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +140,6 @@ def _plan(
     return {path: {side: on_device(u) for side, u in sides.items()} for path, sides in listed.items()}, sizes
 
 
-def _as_out_in(model: Model, parameter: Tensor, name: str) -> Tensor:
-    return parameter.T if parameter.ndim == 2 and is_transposed(model, name) else parameter
-
-
 def _inputs_and_gradients(
     model: Model, paths: Sequence[str], measure: Callable[[], Float[Tensor, " batch"]]
 ) -> dict[str, tuple[Float[Tensor, "batch pos d_in"], Float[Tensor, "batch pos d_out"]]]:
@@ -152,9 +152,6 @@ def _inputs_and_gradients(
             inputs[path], outputs[path] = given[0].detach(), output
 
         return hook
-
-    def leaf(output: Tensor) -> Tensor:
-        return output.detach().requires_grad_()
 
     with ExitStack() as handles, torch.enable_grad(), hooked(model, change_embedding=leaf):
         for path in paths:

@@ -7,11 +7,12 @@ import pytest
 import torch
 import transformers
 
-from mechunlearn.activations import last_logits, untouched
+from mechunlearn.activations import untouched
+from mechunlearn.bench.speed import forward, forward_backward
 from mechunlearn.facts import Fact
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.pairs import build_pairs, to_batch
-from mechunlearn.models import embedding, wrap_model
+from mechunlearn.models import wrap_model
 
 pytestmark = pytest.mark.benchmark
 
@@ -36,20 +37,8 @@ def test_attribution_patching_is_near_its_floor(tokenizer, size, median, record_
 
     def floor():
         with untouched(model):
-            with torch.no_grad():
-                last_logits(model, batch.clean)
-            handle = embedding(model).register_forward_hook(lambda _m, _i, out: out.detach().requires_grad_())
-            try:
-                # the gradient of the deepest layer's input needs the whole backward pass
-                seen = []
-                first = model.hf.get_submodule(f"{model.architecture.blocks}.0").register_forward_pre_hook(
-                    lambda _m, args: seen.append(args[0])
-                )
-                metric = batch.logit_diff(last_logits(model, batch.corrupt)).sum()
-                torch.autograd.grad(metric, seen)
-                first.remove()
-            finally:
-                handle.remove()
+            forward(model, batch)
+            forward_backward(model, batch)
 
     attribution = LOCALIZERS.get("attribution_patching").function
     ratio = median(lambda: attribution(model, facts, batch_size=8), 7) / median(floor, 7)

@@ -20,9 +20,10 @@ from mechunlearn.settings import load_settings, preset_names
 from mechunlearn.sources import SOURCES
 
 LOCALIZER_OPTIONS = {
-    "fact_lookup_probe": {"folds": 2, "draws": 1}, "learned_mask": {"steps": 5}, "shuffled_pairs": {"draws": 2},
+    "fact_lookup_probe": {"folds": 2, "draws": 1}, "fact_lookup_paths": {"fdr": 1.0}, "learned_mask": {"steps": 5},
+    "shuffled_pairs": {"draws": 2},
 }  # fmt: skip
-SEVERAL_FACTS = ("fact_lookup_probe", "shuffled_pairs")  # they compare facts with each other
+SEVERAL_FACTS = ("fact_lookup_probe", "fact_lookup_paths", "shuffled_pairs")  # they compare facts with each other
 ATTACK_OPTIONS = {
     "relearning": {
         "steps": 2, "eval_every": 1, "learning_rates": (1e-3,), "batch_size": 4, "max_health_facts": 8,
@@ -106,7 +107,7 @@ def test_one_fact_suffices_for_a_localizer(name, tiny_model, tiny_split):
 
 @pytest.mark.parametrize("name", SEVERAL_FACTS)
 def test_a_localizer_that_compares_facts_says_in_one_line_that_one_is_too_few(name, tiny_model, tiny_split):
-    with pytest.raises(ValueError, match=r"fact_lookup_probe|same answer") as error:
+    with pytest.raises(ValueError, match=rf"{name}|same answer") as error:
         localize(name, tiny_model(), tiny_split.forget[:1], tiny_split)
     assert "\n" not in str(error.value)
 

@@ -17,7 +17,7 @@ def pair(tiny_model):
     return cpu, wrap_model(gpu.hf.to("cuda"), gpu.tokenizer, gpu.name)
 
 
-@pytest.mark.parametrize("name", ["attribution_patching", "resample_ablation"])
+@pytest.mark.parametrize("name", ["attribution_patching", "resample_ablation", "activation_patching", "path_patching"])
 def test_scores_on_the_gpu_are_those_of_the_cpu(name, pair, tiny_split):
     on_cpu, on_gpu = (LOCALIZERS.get(name).function(model, tiny_split.forget) for model in pair)
     assert on_gpu.values == pytest.approx(on_cpu.values, abs=1e-3)

@@ -134,7 +134,7 @@ def test_the_ways_ends_are_the_two_runs(double, facts) -> None:
     torch.testing.assert_close(between(batch, clean, corrupt, 1.0), clean)
 
 
-def test_one_step_on_a_nearly_linear_way_is_attribution_patching(double, facts) -> None:
+def test_two_identical_runs_score_nothing_over_inputs(double, facts) -> None:
     batch, components = a_batch(double, facts, same_length=True), all_components(double)
     near = batch.__class__(**{**batch.__dict__, "corrupt": batch.clean, "corrupt_positions": batch.clean_positions})
     with untouched(double):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from mechunlearn.activations import last_logits, untouched
-from mechunlearn.localize.gates import gated_logits, hard_concrete, probability_open, record_donor
+from mechunlearn.activations import by_place, last_logits, untouched
+from mechunlearn.localize.gates import gated_logits, hard_concrete, probability_open
 from mechunlearn.localize.learned_mask import learned_mask
-from mechunlearn.localize.pairs import build_pairs, to_batch
+from mechunlearn.localize.pairs import build_pairs, record_donor, to_batch
 from mechunlearn.models import Model, all_components, mlp_neurons
 
 
@@ -16,18 +16,11 @@ def facts(tiny_facts):
     return tiny_facts.of("colour").facts[:16]
 
 
-def places_of(components):
-    places = {}
-    for column, component in enumerate(components):
-        places.setdefault((component.kind, component.layer), []).append(column)
-    return places
-
-
 @pytest.mark.parametrize("kinds", [("mlp", "attention"), ("neuron", "head")], ids="-".join)
 def test_open_gates_give_the_facts_run_and_closed_ones_the_donors(any_model: Model, facts, kinds) -> None:
     pairs = [pair for pair in build_pairs(any_model, facts) if len(pair.clean) == len(pair.corrupt)]
     batch, components = to_batch(any_model, pairs), all_components(any_model, kinds)
-    places = places_of(components)
+    places = by_place(components)
     with untouched(any_model), torch.no_grad():
         donors = record_donor(any_model, batch, list(places))
         clean, corrupt = last_logits(any_model, batch.clean), last_logits(any_model, batch.corrupt)
@@ -44,7 +37,7 @@ def test_open_gates_give_the_facts_run_and_closed_ones_the_donors(any_model: Mod
 def test_a_gate_of_a_role_acts_on_tokens_of_that_role_alone(tiny_model, facts) -> None:
     model = tiny_model()
     batch, components = to_batch(model, build_pairs(model, facts)), all_components(model)
-    places = places_of(components)
+    places = by_place(components)
     with untouched(model), torch.no_grad():
         donors = record_donor(model, batch, list(places))
         gates = torch.ones(len(batch.pairs), len(components), 5)

@@ -14,13 +14,14 @@ from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.agreement import agreement
 from mechunlearn.localize.all_mlps import all_mlps
 from mechunlearn.localize.attribution_patching import attribution_patching
+from mechunlearn.localize.bands import Band, ablate_bands
 from mechunlearn.localize.fact_lookup_probe import climbing_band, fact_lookup_probe
 from mechunlearn.localize.first_order import first_order_scores
 from mechunlearn.localize.nonlocalized import nonlocalized
 from mechunlearn.localize.pairs import PairBatch, align, batches, build_pairs, to_batch
 from mechunlearn.localize.random_components import random_components
 from mechunlearn.localize.random_mlps import random_mlps
-from mechunlearn.localize.resample_ablation import Band, ablate_bands, resample_ablation
+from mechunlearn.localize.resample_ablation import resample_ablation
 from mechunlearn.models import Model, all_components, embedding
 
 MakeModel = Callable[..., Model]

@@ -19,7 +19,7 @@ from mechunlearn.bench.readable import readable_attributes
 from mechunlearn.checkpoints import load_model
 from mechunlearn.facts import Fact, FactSet
 from mechunlearn.localize.attention_knockout import knock_out_attention
-from mechunlearn.localize.resample_ablation import Band, ablate_bands
+from mechunlearn.localize.bands import Band, ablate_bands
 from mechunlearn.models import Model
 from mechunlearn.organisms.card import write_card
 from mechunlearn.prompts import token_roles

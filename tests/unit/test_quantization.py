@@ -9,11 +9,10 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from mechunlearn.attack import ATTACKS, quantization
-from mechunlearn.attack.quantization import oriented
 from mechunlearn.edit.training import substituted
 from mechunlearn.facts import Fact, FactSplit
 from mechunlearn.metrics import score_facts
-from mechunlearn.models import Model, all_components, weight_matrices
+from mechunlearn.models import Model, all_components, oriented, weight_matrices
 from mechunlearn.prompts import forms
 from mechunlearn.rounding import code_flip_rate, code_flips, round_to_nearest
 
