@@ -92,18 +92,28 @@ def localize(
     forgotten: ForgottenOption = None,
     method: MethodOption = "attribution_patching",
     twin: TwinOption = None,
+    forms: Annotated[
+        int, typer.Option("--forms", min=1, help="Forms of the prompt whose rankings are compared; 1: the prompt only.")
+    ] = 2,
+    exact: Annotated[
+        bool, typer.Option("--exact/--no-exact", help="Compare first-order scores with exact patching (32 facts).")
+    ] = True,
     device: Annotated[str, typer.Option("--device")] = "auto",
     set_: SetOption = None,
 ) -> None:
     """Score the model's components for a set of facts; writes scores.safetensors and scores.csv."""
     from mechunlearn import stages
+    from mechunlearn.localize.checks import describe_checks
 
     scores = stages.localize(
-        model, stages.chosen(facts, forgotten), method or "", _pairs(set_), twin=twin, device=device, out=out
-    )
+        model, stages.chosen(facts, forgotten), method or "", _pairs(set_), twin=twin, device=device, forms=forms,
+        exact=exact, out=out,
+    )  # fmt: skip
     frame = scores.to_frame().sort_values("value", ascending=False)
     shown = frame.head(12)[["component", "value", "standard_error", *scores.roles]]
     _print_frame(shown, title=f"{scores.method}, highest {len(shown)} of {len(frame)}: {scores.sign}")
+    for line in describe_checks(scores):
+        console.print(line)
     console.print(f"scores: {escape(str(out / 'scores.safetensors'))}")
 
 

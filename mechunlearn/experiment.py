@@ -28,6 +28,7 @@ from mechunlearn.files import whole_file
 from mechunlearn.judging import Judging
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.agreement import agreement
+from mechunlearn.localize.checks import FIRST_ORDER, describe_checks, with_agreement, with_stability
 from mechunlearn.masks import ParameterMask, mask_of, n_localizable, random_mask_like, select_components
 from mechunlearn.metrics import known_facts
 from mechunlearn.models import Model
@@ -133,8 +134,15 @@ def prepare(settings: Settings, *, load: Callable[..., Model] = load_model) -> S
     )  # fmt: skip
 
 
-def localize(stage: Stage, name: str, *, seed: int | None = None) -> ComponentScores:
-    """Run one localizer with the run's options on the facts to forget, with twin and retained facts if asked for."""
+def localize(
+    stage: Stage, name: str, *, seed: int | None = None, forms: int | None = None, exact: bool = False
+) -> ComponentScores:
+    """Run one localizer with the run's options on the facts to forget, with twin and retained facts if asked for.
+
+    Args:
+        forms: also note the ranking's stability over subjects and so many forms of the prompt; None: do not.
+        exact: also note a first-order method's agreement with exact patching.
+    """
     method = LOCALIZERS.get(name)
     options = stage.settings.options("localize", name)
     takes = inspect.signature(method.function).parameters
@@ -144,7 +152,12 @@ def localize(stage: Stage, name: str, *, seed: int | None = None) -> ComponentSc
         options["twin"] = stage.twin
     if "retain" in takes:
         options["retain"] = stage.split.retain_train
-    return method.function(stage.model, stage.split.forget, **options)
+    scores = method.function(stage.model, stage.split.forget, **options)
+    if exact:
+        scores = with_agreement(stage.model, stage.split.forget, scores, method.function, options)
+    if forms is not None:
+        scores = with_stability(stage.model, stage.split.forget, scores, method.function, options, forms=forms)
+    return scores
 
 
 def choose_masks(stage: Stage, scores: Mapping[str, ComponentScores]) -> dict[str, ParameterMask]:
@@ -210,7 +223,7 @@ def run_experiment(
         scores: dict[str, ComponentScores] = {}
         for i, name in enumerate(wanted):
             on_progress(f"localizing: {name}", i, total)
-            scores[name] = localize(stage, name)
+            scores[name] = localize(stage, name, forms=2 if name in FIRST_ORDER else 1)
         judging.start(_arm_tasks(stage, choose_masks(stage, scores)))
         judging.start([task for task in controls if task.role == "twin"])  # the shortest last
         cells = judging.finish(lambda text, done: on_progress(text, len(wanted) + 4 * done, total))
@@ -358,7 +371,7 @@ def _summary(scores: Mapping[str, ComponentScores], agreements: pd.DataFrame) ->
         same = round(row["top_k_recall"] * row["k"])
         lines.append(
             f"{row['a']}: highest {_highest(given)}{where}; MLPs at the subject against the exact effect: Spearman "
-            f"{row['spearman']:.2f}, {same} of the top {row['k']} the same"
+            f"{row['spearman']:.2f}, {same} of the top {row['k']} the same; {'; '.join(describe_checks(given))}"
         )
     return lines
 

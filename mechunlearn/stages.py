@@ -80,12 +80,16 @@ def _stage(model: str, facts: Mapping[str, str], *, device: str, twin: str | Non
 
 def localize(
     model: str, facts: Mapping[str, str], method: str, options: Mapping[str, Any], *,
-    twin: str | None, device: str, out: Path,
+    twin: str | None, device: str, forms: int, exact: bool, out: Path,
 ) -> ComponentScores:  # fmt: skip
-    """Score components; writes scores.safetensors and scores.csv into `out`."""
+    """Score components; writes scores.safetensors and scores.csv into `out`.
+
+    Args:
+        forms, exact: what is noted beside the scores, see `experiment.localize`.
+    """
     replaceable(out)
     stage = _stage(model, facts, device=device, twin=twin, localize={method: dict(options)})
-    scores = run_localizer(stage, method)
+    scores = run_localizer(stage, method, forms=forms, exact=exact)
     with whole_folder(out) as folder:
         scores.save(folder / "scores.safetensors")
         scores.to_frame().to_csv(folder / "scores.csv", index=False)
