@@ -1,4 +1,4 @@
-"""The command line: one command a verb, plus run, plan, list and organism. Heavy imports happen inside commands."""
+"""The command line: one command a verb, plus run, plan, list, organism, bench. Heavy imports happen in commands."""
 
 import contextlib
 import sys
@@ -337,6 +337,26 @@ def bench_planted(
     hits = compared.loc[(compared["metric"] == "hit@1") & (compared["part"] == "kept out")]
     _print_frame(hits.drop(columns=["part", "metric"]), title="Differences of hit@1 on the part kept out")
     console.print(f"tables and figure: {escape(str(out / 'tables'))}", soft_wrap=True)
+
+
+@bench_app.command("speed")
+def bench_speed(
+    size: Annotated[
+        list[str] | None, typer.Option("--size", help="llama-4x256, gpt2-12x768, llama-12x768 or llama-7b. Repeatable.")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often all is measured, in turns.")] = 5,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    out: Annotated[Path, typer.Option("--out", help="Folder that receives speed.csv.")] = Path(".runs/speed"),
+) -> None:
+    """What localizing costs against what it must cost: ratios within one run, on random models."""
+    from mechunlearn import stages
+
+    sizes = size or ["llama-4x256", "gpt2-12x768"]
+    with _progress() as progress:
+        table = stages.bench_speed(sizes, out, device=device, dtype=dtype, rounds=rounds, on_progress=progress)
+    _print_frame(table.drop(columns=["device", "date", "threads", "dtype"]), title=f"Ratios on {table['device'][0]}")
+    console.print(f"table: {escape(str(out / 'speed.csv'))}", soft_wrap=True)
 
 
 @bench_app.command("coverage")

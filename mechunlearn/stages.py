@@ -1,15 +1,18 @@
 """Single stages as the command line offers them: names and folders in, files and a table out."""
 
 import os
+import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from mechunlearn.attack import ATTACKS
 from mechunlearn.bench.check import Check, Subjects, check_model
@@ -18,6 +21,7 @@ from mechunlearn.bench.knowledge import plain_kinds, trained_kinds
 from mechunlearn.bench.planted import PlantedBench
 from mechunlearn.bench.planted import bench_planted as score_known_places
 from mechunlearn.bench.planted_settings import PlantedSettings
+from mechunlearn.bench.speed import bench_speed as measure_speed
 from mechunlearn.bench.verdict import QUICK, VerdictBench
 from mechunlearn.bench.verdict import bench_verdict as judge_known_truth
 from mechunlearn.checkpoints import bundled_models, choose_device, load_model, model_folder
@@ -52,6 +56,8 @@ CHECKPOINT_ATTACKS: Mapping[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 """Options of `attack --original` that differ from the attacks' own: every control runs it, too, so it is smaller."""
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 REGISTRIES: Mapping[str, Registry] = {
     "localizers": LOCALIZERS, "editors": EDITORS, "attacks": ATTACKS, "suppressions": SUPPRESSIONS, "sources": SOURCES,
@@ -333,6 +339,27 @@ def _ladder(settings: PlantedSettings, out: Path, on_progress: Callable[[str, fl
             plants.append(path)
             on_progress(f"plant {path.stem} in {path.parent.parent.name}", len(folders) + len(plants), total)
     return plants
+
+
+def bench_speed(
+    sizes: Sequence[str], out: Path, *, device: str, dtype: str, rounds: int,
+    on_progress: Callable[[str, float, float], None],
+) -> pd.DataFrame:  # fmt: skip
+    """Measure the localizers' costs on random models; writes speed.csv, with date and device, into `out`.
+
+    Raises:
+        ValueError: an unknown size or number format.
+    """
+    replaceable(out)
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype: got {dtype!r}, allowed: {', '.join(DTYPES)}")
+    where = choose_device(device)
+    table = measure_speed(sizes, device=str(where), dtype=getattr(torch, dtype), rounds=rounds, on_progress=on_progress)
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{platform.machine()} CPU"
+    table = table.assign(device=name, dtype=dtype, threads=torch.get_num_threads(), date=date.today().isoformat())
+    with whole_folder(out) as partial:
+        table.to_csv(partial / "speed.csv", index=False)
+    return table
 
 
 def bench_coverage(draws: int, out: Path) -> pd.DataFrame:

@@ -11,12 +11,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from mechunlearn.activations import Place, hooked, last_logits, leaf, untouched
+from mechunlearn.activations import Place, hooked, last_logits, leaf, place_of, untouched
 from mechunlearn.bench.memory import peak_bytes
 from mechunlearn.components import ROLES
 from mechunlearn.localize.first_order import first_order_scores
 from mechunlearn.localize.integrated_gradients import over_inputs
 from mechunlearn.localize.pairs import Pair, PairBatch, to_batch
+from mechunlearn.localize.patching import component_effects, exchange
+from mechunlearn.localize.scoring import measure_of
 from mechunlearn.localize.streamed import block_again, block_inputs, streamed_scores
 from mechunlearn.models import Model, all_components, wrap_model
 
@@ -98,6 +100,10 @@ def bench_speed(
     The floor is one forward pass without gradients and one with, and its backward pass by activations alone, of the
     bare Hugging Face model. Times are medians over rounds of the ratio within a round.
 
+    Args:
+        sizes: names of `SIZES`.
+        rounds: of all measurements but exact patching, which is measured once.
+
     Returns:
         One row per size and measurement: size, what, ratio, against, goal ("<= 1.10"), met.
 
@@ -114,12 +120,14 @@ def bench_speed(
         with untouched(model):
             seconds = times(tasks(model, batch), rounds, model.device)
             memory = peaks(model, batch)
+            patching = exact_patching_ratio(model, batch)
         found = {
             "attribution patching, time": (_ratio(seconds, "AtP", "floor"), "floor", "<=", 1.10),
             "TransformerLens, time": (_ratio(seconds, "TransformerLens", "AtP"), "attribution patching", ">=", 5.0),
             "integrated gradients (5), time": (_ratio(seconds, "IG-5", "IG floor"), "12-forward floor", "<=", 1.10),
             "neurons, time": (_ratio(seconds, "neurons", "AtP"), "attribution patching", "<=", 1.25),
             "streamed, time": (_ratio(seconds, "streamed", "forward"), "one forward", "<=", 5.0),
+            "cells x forward, time": (patching, "exact patching of MLPs by position", ">=", 3.5),
             "attribution patching, memory": (memory["AtP"] / memory["floor"], "floor and clean cache", "<=", 1.05),
             "streamed, memory": (memory["streamed"] / memory["streams"], "2 (L + 1) streams and a block", "<=", 1.05),
         }
@@ -204,6 +212,21 @@ def transformer_lens_scores(model: Model, batch: PairBatch) -> object:
     finally:
         for parameter in flags:
             parameter.requires_grad_(False)
+
+
+def exact_patching_ratio(model: Model, batch: PairBatch) -> float:
+    """Seconds of as many forward passes as there are cells (layer x position) over those of patching all MLPs there."""
+    selected = torch.eye(batch.roles.shape[1], dtype=torch.bool, device=model.device)[:, None] & batch.roles.any(dim=2)
+    components = all_components(model, ("mlp",))
+
+    def patch() -> None:
+        with torch.no_grad():
+            given = exchange(model, batch, [place_of(component) for component in components], restore=True)
+            component_effects(model, given, components, selected, measure_of(batch, "logit_diff"))
+
+    patching = times({"patching": patch}, 1, model.device)["patching"][0]
+    one = statistics.median(times({"forward": lambda: forward(model, batch)}, 9, model.device)["forward"])
+    return len(components) * len(selected) * one / patching
 
 
 def _ratio(seconds: Mapping[str, Sequence[float]], what: str, against: str) -> float:

@@ -55,4 +55,3 @@ def test_a_ranking_that_every_fact_shares_is_stable_and_is_saved_whatever_it_hol
     nothing.save(tmp_path / "scores.safetensors")
     assert "undefined" in describe_checks(ComponentScores.load(tmp_path / "scores.safetensors"))[0]
     assert with_stability(knowing, facts[:3], scores, lambda *_: scores, {}, forms=1) is scores  # not a row a fact
-

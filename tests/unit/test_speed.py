@@ -56,7 +56,7 @@ def test_streaming_needs_less_than_a_graph_of_all_blocks(monkeypatch):
 def test_every_measurement_has_a_ratio_and_a_goal(monkeypatch, family):
     monkeypatch.setattr(speed, "SIZES", {"tiny": speed.Size(**{**TINY.__dict__, "family": family})})
     table = speed.bench_speed(["tiny"], rounds=1)
-    assert len(table) == table["what"].nunique() == 7
+    assert len(table) == table["what"].nunique() == 8
     assert (table["ratio"] > 0).all()
     for row in table.itertuples():
         sense, goal = row.goal.split()
