@@ -339,6 +339,36 @@ def bench_planted(
     console.print(f"tables and figure: {escape(str(out / 'tables'))}", soft_wrap=True)
 
 
+@bench_app.command("band")
+def bench_band(
+    model: ModelOption = "atlas",
+    facts: FactsOption = "people-256",
+    forgotten: ForgottenOption = None,
+    twin: TwinOption = None,
+    localizers: Annotated[
+        str, typer.Option("--localizers", help="Preset or TOML file of `bench planted` that lists them.")
+    ] = "bench-planted",
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    out: Annotated[Path, typer.Option("--out", help="Folder that receives band.csv.")] = Path(".runs/band"),
+) -> None:
+    """Which localizers point to the band of MLPs that ablation shows to look the facts up?"""
+    from mechunlearn.bench.planted_settings import load_planted
+
+    lines = load_planted(localizers).lines()
+    from mechunlearn import stages
+
+    with _progress() as progress:
+        table = stages.bench_band(
+            model, stages.chosen(facts, forgotten), lines, twin=twin, device=device, out=out, on_progress=progress
+        )
+    errors = table.loc[table["error"] != "", ["localizer", "error"]]
+    if len(errors):
+        _print_frame(errors, title="Localizers that could not be compared")
+    shown = table.loc[table["error"] == ""].drop(columns=["error", "band"])
+    _print_frame(shown, title=f"Every localizer against the band {table['band'][0]}")
+    console.print(f"table: {escape(str(out / 'band.csv'))}", soft_wrap=True)
+
+
 @bench_app.command("speed")
 def bench_speed(
     size: Annotated[

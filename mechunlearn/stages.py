@@ -15,12 +15,13 @@ import pandas as pd
 import torch
 
 from mechunlearn.attack import ATTACKS
+from mechunlearn.bench.band import bench_band as compare_with_band
 from mechunlearn.bench.check import Check, Subjects, check_model
 from mechunlearn.bench.coverage import coverage
 from mechunlearn.bench.knowledge import plain_kinds, trained_kinds
 from mechunlearn.bench.planted import PlantedBench
 from mechunlearn.bench.planted import bench_planted as score_known_places
-from mechunlearn.bench.planted_settings import PlantedSettings
+from mechunlearn.bench.planted_settings import LocalizerSettings, PlantedSettings
 from mechunlearn.bench.speed import bench_speed as measure_speed
 from mechunlearn.bench.verdict import QUICK, VerdictBench
 from mechunlearn.bench.verdict import bench_verdict as judge_known_truth
@@ -339,6 +340,22 @@ def _ladder(settings: PlantedSettings, out: Path, on_progress: Callable[[str, fl
             plants.append(path)
             on_progress(f"plant {path.stem} in {path.parent.parent.name}", len(folders) + len(plants), total)
     return plants
+
+
+def bench_band(
+    model: str, facts: Mapping[str, str], lines: Sequence[LocalizerSettings], *,
+    twin: str | None, device: str, out: Path, on_progress: Callable[[str, float, float], None],
+) -> pd.DataFrame:  # fmt: skip
+    """Compare every localizer with the band of MLPs that ablation shows; writes band.csv into `out`."""
+    replaceable(out)
+    stage = _stage(model, facts, device=device, twin=twin)
+    table = compare_with_band(
+        stage.model, stage.split.forget, stage.split.retain_train[: len(stage.split.forget)], lines, twin=stage.twin,
+        on_progress=on_progress,
+    )  # fmt: skip
+    with whole_folder(out) as partial:
+        table.to_csv(partial / "band.csv", index=False)
+    return table
 
 
 def bench_speed(

@@ -1,0 +1,82 @@
+"""How well every localizer agrees with the band of MLPs that ablation shows to look the facts up."""
+
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from mechunlearn.bench.mechanism import measure_mechanism
+from mechunlearn.bench.planted_settings import LocalizerSettings
+from mechunlearn.bench.ranks import random_metrics, ranking_metrics
+from mechunlearn.components import Component, ComponentScores
+from mechunlearn.facts import Fact
+from mechunlearn.localize import LOCALIZERS
+from mechunlearn.localize.agreement import agreement
+from mechunlearn.localize.resample_ablation import resample_ablation
+from mechunlearn.models import Model
+
+# pandas has no complete types
+# pyright: standard
+
+
+def bench_band(
+    model: Model, facts: Sequence[Fact], retain: Sequence[Fact], lines: Sequence[LocalizerSettings], *,
+    twin: Model | None = None, seed: int = 0,
+    on_progress: Callable[[str, float, float], None] = lambda text, done, total: None,
+) -> pd.DataFrame:  # fmt: skip
+    """Score the facts by every localizer and compare its MLPs with the causally established band.
+
+    The band is that of `bench.mechanism`: neighbouring MLPs whose joint ablation at the subject takes the answers away,
+    while as many before or after it do not. It is found on the same facts.
+
+    Args:
+        retain, twin: for the methods that take them.
+
+    Returns:
+        One row a localizer: its three highest MLPs, the rank metrics with the band as truth, Spearman's correlation
+        with the exact effect of each MLP at the subject, seconds, and `error`, why it could not score. First row:
+        a random ranking, in expectation.
+
+    Raises:
+        NothingToMeasure: too few facts that the model knows, or too few layers.
+    """
+    band = measure_mechanism(model, facts, seed=seed).band
+    truth = [Component("mlp", layer) for layer in band.layers]
+    exact = resample_ablation(model, facts, seed=seed).at("subject")
+    name = f"m{band.first} to m{band.last}"
+    rows: list[Mapping[str, Any]] = [{"localizer": "random", "band": name} | random_metrics(model.n_layers, truth)]
+    for done, line in enumerate(lines):
+        on_progress(f"localizing: {line.name}", done, len(lines))
+        started = time.monotonic()
+        row: dict[str, Any] = {"localizer": line.name, "band": name}
+        try:
+            scores = _scores(model, facts, line, {"twin": twin, "retain": retain})
+        except ValueError as error:  # a method that this model or these facts do not suit
+            rows.append(row | {"error": str(error)})
+            continue
+        rows.append(row | _compared(scores, line, truth, exact) | {"seconds": time.monotonic() - started})
+    return pd.DataFrame(rows).assign(error=lambda frame: frame.get("error", pd.Series(dtype=object)).fillna(""))
+
+
+def _scores(model: Model, facts: Sequence[Fact], line: LocalizerSettings, given: Mapping[str, Any]) -> ComponentScores:
+    method = LOCALIZERS.get(line.method)
+    takes = inspect.signature(method.function).parameters
+    return method.function(
+        model, facts, **method.validate(line.options), **{name: given[name] for name in given if name in takes}
+    )
+
+
+def _compared(
+    scores: ComponentScores, line: LocalizerSettings, truth: Sequence[Component], exact: ComponentScores
+) -> dict[str, Any]:
+    values = dict(zip(scores.components, scores.reduced(line.reduce).tolist(), strict=True))
+    mlps = {component: value for component, value in values.items() if component.kind == "mlp"}
+    if not set(truth) <= set(mlps):
+        return {"error": "scores no MLPs"}
+    highest = sorted(mlps, key=lambda component: -mlps[component])[:3]
+    found = ranking_metrics(mlps, truth)
+    constant = len(set(mlps.values())) == 1
+    same = float("nan") if constant else agreement(scores, exact)["spearman"]
+    return {"highest": " ".join(map(str, highest)), **found, "Spearman with exact": same}
