@@ -55,9 +55,10 @@ def _recovery(cell: Cell) -> Recovery | None:
     steps = sorted(set.intersection(*(set(curves.columns) for side in trainings for curves in side)))
     if len(steps) < 2 or steps[0] != 0:
         return None
-    u, n = (pd.concat(side)[steps].groupby(level="fact").mean() for side in trainings)
-    facts = u.index.intersection(n.index).sort_values()
-    return recovery(steps, u.loc[facts].to_numpy(), n.loc[facts].to_numpy(), original=original, null=never)
+    tables: list[pd.DataFrame] = [pd.concat(side).loc[:, steps].groupby(level="fact").mean() for side in trainings]
+    facts = tables[0].index.intersection(tables[1].index).sort_values()
+    u, n = (table.loc[facts].to_numpy(dtype=float) for table in tables)
+    return recovery(steps, u, n, original=original, null=never)
 
 
 def _curves(result: AttackResult) -> pd.DataFrame:
