@@ -33,11 +33,11 @@ ATTACK_OPTIONS = {
 }  # fmt: skip
 
 
-def localize(name, model, facts, split):
+def localize(name, model, facts, split, **options):
     """As a run calls it: retained facts go to the methods that take them."""
     method = LOCALIZERS.get(name)
     given = {"retain": split.retain_train} if "retain" in inspect.signature(method.function).parameters else {}
-    return method.function(model, facts, **method.validate(LOCALIZER_OPTIONS.get(name, {})), **given)
+    return method.function(model, facts, **method.validate({**LOCALIZER_OPTIONS.get(name, {}), **options}), **given)
 
 
 @contextmanager
@@ -98,6 +98,45 @@ def test_a_localizer_does_not_depend_on_the_order_of_the_facts(name, tiny_model,
     backward = localize(name, model, tiny_split.forget[::-1], tiny_split).values
     # a probe's folds are dealt by subject, so its tolerance is that of the solver
     np.testing.assert_allclose(forward, backward, atol=0.12 if "probe" in name else 1e-4)
+
+
+class Stop(Exception):
+    """What a user's Ctrl-C, or a GPU without memory, would raise."""
+
+
+@pytest.mark.parametrize("call", [1, 3])
+@pytest.mark.parametrize("name", LOCALIZERS.names())
+def test_a_localizer_that_is_interrupted_leaves_the_model_alone(name, call, tiny_model, tiny_split):
+    model, seen = tiny_model(), []
+
+    def stop(*_):
+        seen.append(1)
+        if len(seen) == call:
+            raise Stop
+
+    handle = model.hf.get_output_embeddings().register_forward_pre_hook(stop)
+    with nothing_changes(model):
+        try:
+            localize(name, model, tiny_split.forget, tiny_split)
+        except Stop:
+            assert len(seen) == call
+        else:
+            assert len(seen) < call  # it asks the model less often, or not at all
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", LOCALIZERS.names())
+def test_padding_and_batches_change_no_score(name, tiny_model, tiny_split):
+    model, method = tiny_model(), LOCALIZERS.get(name)
+    model.hf.double()
+    facts = [*tiny_split.forget[:10], *(replace(f, prompt=f.paraphrases[0]) for f in tiny_split.forget[10:])]
+    expected = localize(name, model, facts, tiny_split).per_fact
+    close = {"rtol": 0, "atol": 1e-10 * np.abs(expected).max()}
+    model.tokenizer.padding_side = "left" if model.tokenizer.padding_side == "right" else "right"
+    np.testing.assert_allclose(localize(name, model, facts, tiny_split).per_fact, expected, **close)
+    if "batch_size" in method.options.model_fields and "steps" not in method.options.model_fields:  # no training
+        one = localize(name, model, facts, tiny_split, batch_size=1).per_fact
+        np.testing.assert_allclose(one, expected, **close)
 
 
 @pytest.mark.parametrize("name", [n for n in LOCALIZERS.names() if n not in SEVERAL_FACTS])
