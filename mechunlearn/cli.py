@@ -409,7 +409,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         if isinstance(error, UnicodeError):
             raise
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {escape(str(error))}")
+        said = "; ".join([str(error), *getattr(error, "__notes__", ())])
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {escape(said)}")
         sys.exit(2)
     except BrokenExecutor:
         Console(stderr=True, highlight=False, soft_wrap=True).print(

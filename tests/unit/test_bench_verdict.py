@@ -1,6 +1,7 @@
 """The bench of the verdict: its cases, and how words are counted against truths."""
 
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -153,3 +154,29 @@ def test_a_bench_that_decides_nothing_or_accepts_nothing_meets_no_goal():
                  "accepted suppressions recovered", "kinds accepted and recovered"):  # fmt: skip
         assert not met[what], what
     assert found.goals()["met"].all()
+
+
+def test_a_seed_that_fails_costs_the_others_nothing(monkeypatch, tmp_path):
+    finished = []
+
+    class Failing(bench.Judging):
+        def start(self, tasks):
+            pass
+
+        def finish(self, _):
+            if self.settings.seed == 1:
+                raise ValueError("nothing left to hide")
+            finished.append(self.settings.seed)
+            return tuple(cell(case, *as_it_is(case)) for case in bench.cases(self.settings))
+
+    def prepared(one, load):
+        return SimpleNamespace(settings=one, splits=())
+
+    monkeypatch.setattr(bench, "Judging", Failing)
+    monkeypatch.setattr(bench, "prepare", prepared)
+    monkeypatch.setattr(bench, "_task", lambda stage, case: None)
+    quick = settings().model_copy(update={"workers": 1})
+    with pytest.raises(ValueError, match="nothing left to hide") as error:
+        bench.bench_verdict(quick, tmp_path, seeds=3)
+    assert finished == [0, 2]
+    assert "seed 1" in error.value.__notes__[0]
