@@ -157,8 +157,14 @@ class Explorer(widgets.VBox):
         _try(self.changed, changed)
 
     def click(self, component: str, column: int) -> None:
-        """Choose the component, and on a map of one prompt the token, that was clicked."""
-        token = column if self.view.value.startswith("this prompt") else None
+        """Choose the component that was clicked, and what its column is: a fact, or a token (the last of a role)."""
+        token: int | None = column
+        if self.view.value == "fact by fact":
+            self.fact.value, token = column, None
+        elif self.view.value == "all facts":
+            scores = self._scores()
+            whole = Component.parse(component).kind == "head"  # heads are columns themselves
+            token = None if whole else self.exploration.token_of(self.fact.value, scores.roles[column])
         with self.component.hold_trait_notifications(), self.position.hold_trait_notifications():
             self.position.value = ALL_TOKENS[1] if token is None else token
             self.component.value = component

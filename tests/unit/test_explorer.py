@@ -250,6 +250,25 @@ def test_a_click_chooses_component_and_token_and_computes_once(exploration, monk
     assert explorer.position.index == 2
 
 
+@pytest.mark.parametrize(("view", "fact", "token"), [("all facts", 0, "subject_last"), ("fact by fact", 3, None)])
+def test_a_click_on_a_map_of_all_facts_reads_its_column(exploration, view, fact, token):
+    explorer = Explorer(exploration, localizer="attribution_patching", view=view)
+    scores = exploration.scores("attribution_patching", "logit_diff")
+    explorer.click("a1", scores.roles.index(token) if token else fact)
+    assert (explorer.fact.value, explorer.component.value) == (fact, "a1")
+    assert explorer.position.value == (max(exploration.pairs[0].subject) if token else -1)
+    assert _subtitle(explorer.changed).startswith("a1 (zero) at ")
+
+
+def test_every_map_names_the_components_of_its_cells(exploration):
+    explorer = Explorer(exploration, localizer="attribution_patching", view="all facts")
+    for view in explorer.views:
+        explorer.view.value = view
+        for trace in explorer.map.figure["data"]:
+            names = {name for row in trace["customdata"] for name in row} - {""}
+            assert {str(Component.parse(name)) for name in names} == names, view
+
+
 def test_a_click_in_the_browser_reaches_the_explorer_and_plotly_is_sent_once(exploration):
     explorer = Explorer(exploration, localizer="attribution_patching", view="this prompt")
     explorer.map._handle_custom_msg({"component": "a2", "column": 0}, [])
