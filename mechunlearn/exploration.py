@@ -99,6 +99,12 @@ class Exploration:
             values[:, at] += scores.per_fact[fact, :, column, None] / max(len(at), 1)
         return values
 
+    def token_of(self, fact: int, role: str) -> int | None:
+        """The last token of a role that a localizer scores; None for all tokens, or if the prompt has none."""
+        covered = _COVERS.get(role, (role,))
+        at = [i for i, own in enumerate(roles_of(self._pair(fact))) if own in covered]
+        return at[-1] if at and role != "all" else None
+
     def patching(self, fact: int) -> PatchingMap:
         """Exact patching of every sublayer at every token of the fact's prompt."""
         if fact not in self._patching:

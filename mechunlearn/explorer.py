@@ -1,12 +1,10 @@
 """A live explorer for JupyterLab: pick a fact and a localizer, look at the maps, change a component, see the answer.
 
-Widgets only; `exploration` computes. With anywidget the maps can be clicked, without it they are shown as they are.
+Widgets only; `exploration` computes.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
-from typing import Any, cast
+from typing import Any
 
 import ipywidgets as widgets
 import plotly.graph_objects as go
@@ -18,8 +16,15 @@ from mechunlearn.html_card import html_card
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.models import Model, NotSupported, all_components
 from mechunlearn.report import figures
+from mechunlearn.report.live_figure import LiveFigure
 
-ALL_TOKENS = "all tokens"
+ALL_TOKENS = ("all tokens", -1)  # None would leave a dropdown empty
+_HOW_TIPS = (
+    "it writes nothing",
+    "its mean over the facts, at tokens of the same role",
+    "what it writes on the corrupt run",
+)
+_WRAPS = widgets.Layout(flex_flow="row wrap")
 
 
 def explore(
@@ -61,46 +66,56 @@ class Explorer(widgets.VBox):
             raise ValueError(f"explore: got view {view!r}, allowed: {', '.join(self.views)}")
         asked = [(f"{f.ask(f.prompt)} → {f.target_true}", i) for i, f in enumerate(exploration.facts)]
         components = all_components(exploration.model, ("mlp", "attention", "head"))
-        wide = widgets.Layout(width="46%")
         # Any: every value of a widget may be None to its types, and none of these is
-        self.fact: Any = widgets.Dropdown(options=asked, description="fact", layout=wide)
-        self.localizer: Any = widgets.Dropdown(options=LOCALIZERS.names(), value=localizer, description="localizer")
-        self.metric: Any = widgets.Dropdown(description="metric")
+        self.fact: Any = widgets.Dropdown(
+            options=asked, description="fact", layout=widgets.Layout(flex="1 1 300px", max_width="620px")
+        )
         self.view: Any = widgets.Dropdown(options=list(self.views), value=view, description="map")
+        self.localizer: Any = widgets.Dropdown(options=LOCALIZERS.names(), value=localizer, description="localizer")
+        self.metric: Any = widgets.Dropdown(options=self._metrics(), description="metric")
         self.component: Any = widgets.Combobox(
             options=[str(c) for c in components], value=str(components[0]), description="component",
             placeholder="m3, a5, a5.h2, m3.n117", continuous_update=False,
         )  # fmt: skip
-        self.position: Any = widgets.Dropdown(description="token")
-        self.how: Any = widgets.ToggleButtons(options=HOWS, description="becomes")
+        self.position: Any = widgets.Dropdown(options=(ALL_TOKENS,), description="token")
+        self.how: Any = widgets.ToggleButtons(
+            options=HOWS, tooltips=_HOW_TIPS, description="becomes", style={"button_width": "4.5em"},
+            layout={"width": "auto", "display": "flex"},
+        )  # fmt: skip
         self.runs = widgets.HTML()
-        self.map, self.answers, self.changed = widgets.VBox(), widgets.VBox(layout=wide), widgets.VBox(layout=wide)
+        half = {"flex": "1 1 340px", "min_width": "0", "overflow": "hidden"}
+        self.map = LiveFigure(with_plotly=True, on_click=self.click, layout={"overflow": "hidden"})
+        self.answers, self.changed = LiveFigure(layout=half), LiveFigure(layout=half)
         super().__init__([
-            widgets.HBox([self.fact, self.view]), widgets.HBox([self.localizer, self.metric]), self.runs,
-            self.map, widgets.HBox([self.component, self.position, self.how]),
-            widgets.HBox([self.answers, self.changed]),
+            widgets.HBox([self.fact, self.view], layout=_WRAPS),
+            widgets.HBox([self.localizer, self.metric], layout=_WRAPS),
+            self.runs, self.map, widgets.HBox([self.component, self.position, self.how], layout=_WRAPS),
+            widgets.HBox([self.answers, self.changed], layout=_WRAPS),
         ])  # fmt: skip
-        self._choose_metrics()
+        self._asked: tuple[object, ...] = ()
         self._choose_fact()
         self.fact.observe(lambda _: self._choose_fact(), "value")
+        self.view.observe(lambda _: self._show_map(), "value")
         self.localizer.observe(lambda _: self._choose_localizer(), "value")
-        for control in (self.metric, self.view):
-            control.observe(lambda _: self._show_map(), "value")
+        self.metric.observe(lambda _: self._show_scores(), "value")
         for control in (self.component, self.position, self.how):
             control.observe(lambda _: self._show_change(), "value")
 
-    def _choose_metrics(self) -> None:
-        self.metric.options = self.exploration.metrics(self.localizer.value) or ("its own",)
+    def _metrics(self) -> tuple[str, ...]:
+        return self.exploration.metrics(self.localizer.value) or ("its own",)
 
     def _choose_localizer(self) -> None:
         before = self.metric.value
-        self._choose_metrics()
+        self.metric.options = self._metrics()
         if self.metric.value == before:  # else its own observer shows the map
-            self._show_map()
+            self._show_scores()
 
     def _choose_fact(self) -> None:
         tokens = self.exploration.tokens(self.fact.value)
-        self.position.options = [(ALL_TOKENS, None), *((f"{i}: {token}", i) for i, token in enumerate(tokens))]
+        self.position.options = [
+            ALL_TOKENS,
+            *((f"{i}: {token.strip() or repr(token)}", i) for i, token in enumerate(tokens)),
+        ]
         runs = self.exploration.runs(self.fact.value)
         outcome = runs.outcome
         self.runs.value = html_card(
@@ -110,51 +125,49 @@ class Explorer(widgets.VBox):
                 "logit difference": f"{outcome.logit_diff_before:+.2f} clean, {outcome.logit_diff_after:+.2f} corrupt",
             },
         )  # fmt: skip
-        self._show(self.answers, _bars(outcome, ("clean run", "corrupt run"), "the two runs"))
-        self._show_map()
+        self.answers.show(_bars(outcome, ("clean run", "corrupt run"), "the two runs"))
         self._show_change()
+        self._show_map()
+
+    def _show_scores(self) -> None:
+        """Show the localizer's scores, on the prompt's map if the map that is picked has none."""
+        if self.view.value in ("this prompt, exact", "logit lens"):
+            self.view.value = "this prompt"
+        else:
+            self._show_map()
 
     def _show_map(self) -> None:
-        self._try(self.map, self.views[self.view.value])
+        _try(self.map, self.views[self.view.value])
 
     def _show_change(self) -> None:
-        def changed() -> go.Figure:
-            component = Component.parse(self.component.value.strip())
-            outcome = self.exploration.intervene(self.fact.value, component, self.how.value, self.position.value)
-            where = ALL_TOKENS if self.position.value is None else f"token {self.position.value}"
-            moved = f"logit difference {outcome.logit_diff_before:+.2f} → {outcome.logit_diff_after:+.2f}"
-            return _bars(outcome, ("clean run", "changed"), f"{component} at {where}: {self.how.value}; {moved}")
-
-        self._try(self.changed, changed)
-
-    def _try(self, area: widgets.VBox, make: Callable[[], go.Figure]) -> None:
-        """Show the figure, or in one line why there is none."""
-        area.children = (widgets.HTML("<i>computing …</i>"),)
-        try:
-            self._show(area, make())
-        except (ValueError, NotSupported) as error:
-            area.children = (widgets.HTML(html_card("nothing to show", {"why": error})),)
-
-    def _show(self, area: widgets.VBox, figure: go.Figure) -> None:
-        if find_spec("anywidget"):
-            live: Any = go.FigureWidget(figure)
-            for trace in live.data:
-                if trace.type == "heatmap":
-                    trace.on_click(self.click)
-            area.children = (live,)
-        else:  # plotly's FigureWidget needs anywidget
-            data = {"application/vnd.plotly.v1+json": json.loads(cast(str, figure.to_json()))}
-            area.children = (widgets.Output(outputs=({"output_type": "display_data", "data": data, "metadata": {}},)),)
-
-    def click(self, trace: Any, points: Any, _state: object = None) -> None:
-        """Choose the component, and on a map of one prompt the token, that was clicked."""
-        if trace.customdata is None or not len(points.ys):
+        fact, component, how, position = asked = tuple(
+            control.value for control in (self.fact, self.component, self.how, self.position)
+        )
+        if asked == self._asked:  # a click changes two controls at once
             return
-        row, column = list(trace.y).index(points.ys[0]), list(trace.x).index(points.xs[0])
-        token = column if self.view.value.startswith("this prompt") else None
-        with self.component.hold_trait_notifications():
-            self.position.value = token
-            self.component.value = str(trace.customdata[row][column])
+        self._asked = asked
+
+        def changed() -> go.Figure:
+            at = None if position == ALL_TOKENS[1] else position
+            outcome = self.exploration.intervene(fact, Component.parse(component.strip()), how, at)
+            where = self.position.label if at is None else f"token {self.position.label}"
+            moved = f"logit difference {outcome.logit_diff_before:+.2f} → {outcome.logit_diff_after:+.2f}"
+            return _bars(outcome, ("clean run", "changed"), f"{component} ({how}) at {where}; {moved}")
+
+        _try(self.changed, changed)
+
+    def click(self, component: str, column: int) -> None:
+        """Choose the component that was clicked, and what its column is: a fact, or a token (the last of a role)."""
+        token: int | None = column
+        if self.view.value == "fact by fact":
+            self.fact.value, token = column, None
+        elif self.view.value == "all facts":
+            scores = self._scores()
+            whole = Component.parse(component).kind == "head"  # heads are columns themselves
+            token = None if whole else self.exploration.token_of(self.fact.value, scores.roles[column])
+        with self.component.hold_trait_notifications(), self.position.hold_trait_notifications():
+            self.position.value = ALL_TOKENS[1] if token is None else token
+            self.component.value = component
 
     def _scores(self) -> ComponentScores:
         metric = self.metric.value if self.exploration.metrics(self.localizer.value) else None
@@ -164,14 +177,15 @@ class Explorer(widgets.VBox):
         scores, fact = self._scores(), self.fact.value
         values = self.exploration.token_scores(fact, scores)
         figure = figures.layer_by_token(values, self.exploration.tokens(fact), scores.components, metric=scores.metric)
-        return figure.update_layout(title={
-            "text": f"{scores.method}: this prompt",
-            "subtitle": {"text": "scored by role; a role's tokens share its score evenly"},
-        })  # fmt: skip
+        return _titled(
+            figure, f"{scores.method}: this prompt", "scored by role; a role's tokens share its score evenly"
+        )
 
     def _patching(self) -> go.Figure:
         found = self.exploration.patching(self.fact.value)
-        return figures.layer_by_token(found.values, found.tokens, found.components, metric="share restored")
+        figure = figures.layer_by_token(found.values, found.tokens, found.components, metric="share restored")
+        what = "share of the logit difference that returns in the corrupt run"
+        return _titled(figure, "Exact patching: this prompt", what)
 
     def _all_facts(self) -> go.Figure:
         scores = self._scores()
@@ -179,5 +193,24 @@ class Explorer(widgets.VBox):
         return figures.layer_by_head(scores) if heads else figures.component_by_role(scores)
 
 
+def _try(area: LiveFigure, make: Callable[[], go.Figure]) -> None:
+    """Show the figure, or in one line why there is none."""
+    area.note = "<i>computing …</i>"
+    figure, why = None, "an error that JupyterLab's log (View, Show Log Console) tells"
+    try:
+        figure = make()
+    except (ValueError, NotSupported) as error:
+        why = str(error)
+    finally:
+        area.show(figure)
+        area.note = "" if figure is not None else html_card("nothing to show", {"why": why})
+
+
+def _titled(figure: go.Figure, title: str, subtitle: str) -> go.Figure:
+    return figure.update_layout(title={"text": title, "subtitle": {"text": subtitle}})
+
+
 def _bars(outcome: Outcome, names: tuple[str, str], subtitle: str) -> go.Figure:
-    return figures.answers(outcome.before, outcome.after, true=outcome.true, names=names, subtitle=subtitle)
+    figure = figures.answers(outcome.before, outcome.after, true=outcome.true, names=names, subtitle=subtitle)
+    figure.update_traces(texttemplate="%{x:.3f}", textposition="outside", textfont_size=10)
+    return figure.update_xaxes(range=[0, 1.15])  # the number of a sure answer needs room

@@ -121,7 +121,7 @@ def component_by_fact(scores: ComponentScores, facts: Sequence[Fact], *, most: i
     figure = go.Figure(signed(values[rows], range(len(facts)), names, hover, components=cells))
     named = len(facts) <= 24
     figure.update_xaxes(
-        title=None if named else "fact", showgrid=False, zeroline=False, tickangle=-45, tickmode="array" if named else
+        title=None if named else "fact", showgrid=False, zeroline=False, tickangle=45, tickmode="array" if named else
         "auto", tickvals=list(range(len(facts))) if named else None,
         ticktext=[_short(fact.subject) for fact in facts] if named else None,
     )  # fmt: skip

@@ -68,10 +68,12 @@ def lens_by_token(lens: LensMap) -> go.Figure:
          for j, text in enumerate(labels)]
         for i, stream in enumerate(lens.streams)
     ]  # fmt: skip
+    cells = [["" if stream == "embed" else stream] * len(labels) for stream in lens.streams]
     readable = len(lens.streams) * len(labels) <= _MOST_WORDS
     figure = go.Figure(
         go.Heatmap(
             z=lens.p_answer, x=list(labels), y=list(lens.streams), text=top, hovertext=hover, hoverinfo="text",
+            customdata=cells,
             texttemplate="%{text}" if readable else None, textfont={"size": 11}, xgap=1, ygap=1, zmin=0, zmax=1,
             colorscale=theme.SEQUENTIAL, colorbar=colour_bar("P(answer)"),
         )

@@ -1,7 +1,6 @@
 """What the explorer computes, against direct computation; its widgets show it without a browser."""
 
 import base64
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,51 +169,116 @@ def test_every_choice_in_the_explorer_is_shown(tiny_model, facts, exploration):
     explorer = explore(tiny_model("llama"), facts, view="all facts")
     for view in explorer.views:
         explorer.view.value = view
-        assert _figure(explorer.map) is not None, view
+        assert explorer.map.figure["data"], view
     explorer.view.value = "this prompt"
     explorer.fact.value = 2
     assert facts[2].subject in explorer.runs.value
     assert len(explorer.position.options) == 1 + len(exploration.tokens(2))
     np.testing.assert_allclose(
-        _array(_figure(explorer.map)["data"][0]["z"]),
+        _array(explorer.map.figure["data"][0]["z"]),
         exploration.token_scores(2, exploration.scores("attribution_patching", "logit_diff")), atol=1e-6,
     )  # fmt: skip
     explorer.component.value, explorer.how.value = "a1.h2", "donor"
     explorer.position.value = 1
     outcome = exploration.intervene(2, Component("head", 1, 2), "donor", 1)
-    np.testing.assert_allclose(
-        _array(_figure(explorer.changed)["data"][1]["x"]), list(outcome.after.values()), atol=1e-6
-    )
+    np.testing.assert_allclose(_array(explorer.changed.figure["data"][1]["x"]), list(outcome.after.values()), atol=1e-6)
+
+
+def test_no_dropdown_is_empty_before_or_after_a_choice(exploration):
+    explorer = Explorer(exploration, localizer="attribution_patching", view="this prompt")
+    dropdowns = (explorer.fact, explorer.view, explorer.localizer, explorer.metric, explorer.position)
+    assert all(dropdown.index is not None for dropdown in dropdowns)
+    explorer.fact.value, explorer.localizer.value = 1, "random_components"
+    assert all(dropdown.index is not None for dropdown in dropdowns)
+    explorer.localizer.value = "resample_ablation"
+    assert explorer.metric.value == "logit_diff"
+    explorer.position.value = 2
+    explorer.fact.value = 0
+    assert explorer.position.label == "all tokens"
+    assert "at all tokens" in _subtitle(explorer.changed)
+
+
+def test_a_localizer_that_is_picked_is_shown(exploration):
+    explorer = Explorer(exploration, localizer="attribution_patching", view="this prompt, exact")
+    explorer.localizer.value = "gradient_norm"
+    assert explorer.view.value == "this prompt"
+    assert "gradient_norm" in explorer.map.figure["layout"]["title"]["text"]
+    explorer.view.value, explorer.localizer.value = "all facts", "resample_ablation"
+    explorer.metric.value = "accuracy"
+    assert explorer.view.value == "all facts"
+    assert explorer.map.figure["layout"]["coloraxis"]["colorbar"]["title"]["text"].endswith("accuracy")
 
 
 def test_what_cannot_be_shown_says_why(exploration):
     explorer = Explorer(exploration, localizer="attribution_patching", view="all facts")
     explorer.component.value = "<b>"
-    (said,) = explorer.changed.children
-    assert "allowed: m3 (MLP)" in said.value
-    assert "<b>'" not in said.value
+    assert not explorer.changed.figure
+    assert "allowed: m3 (MLP)" in explorer.changed.note
+    assert "<b>'" not in explorer.changed.note
     explorer.localizer.value = "forget_retain_contrast"
-    (said,) = explorer.map.children
-    assert "retain" in said.value
+    assert "retain" in explorer.map.note
     with pytest.raises(ValueError, match="got view 'no', allowed: this prompt"):
         explore(exploration.model, exploration.facts, view="no")
 
 
-def test_a_click_chooses_component_and_token(exploration):
+def test_while_it_computes_the_explorer_says_so_even_where_that_fails(exploration, monkeypatch):
     explorer = Explorer(exploration, localizer="attribution_patching", view="this prompt")
-    trace = SimpleNamespace(x=("a", "b"), y=("m0", "m2"), customdata=[["m0", "m0"], ["m2", "m2"]])
-    explorer.click(trace, SimpleNamespace(xs=["b"], ys=["m2"]))
+    said = []
+
+    def fail(*_):
+        said.append(explorer.changed.note)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(exploration, "intervene", fail)
+    with pytest.raises(RuntimeError):
+        explorer.how.value = "mean"
+    monkeypatch.undo()
+    assert "computing" in said[0]
+    assert "log" in explorer.changed.note
+    explorer.how.value = "donor"
+    assert explorer.changed.note == ""
+    assert explorer.changed.figure["data"]
+
+
+def test_a_click_chooses_component_and_token_and_computes_once(exploration, monkeypatch):
+    explorer = Explorer(exploration, localizer="attribution_patching", view="this prompt")
+    asked, intervene = [], exploration.intervene
+    monkeypatch.setattr(exploration, "intervene", lambda *choice: asked.append(choice) or intervene(*choice))
+    explorer.click("m2", 1)
     assert (explorer.component.value, explorer.position.value) == ("m2", 1)
-    explorer.view.value = "all facts"
-    explorer.click(trace, SimpleNamespace(xs=["a"], ys=["m0"]))
-    assert (explorer.component.value, explorer.position.value) == ("m0", None)
+    assert asked == [(0, Component("mlp", 2), "zero", 1)]
+    assert explorer.position.index == 2
 
 
-def _figure(area):
-    (shown,) = area.children
-    if hasattr(shown, "outputs"):
-        return shown.outputs[0]["data"]["application/vnd.plotly.v1+json"]
-    return shown.to_plotly_json()
+@pytest.mark.parametrize(("view", "fact", "token"), [("all facts", 0, "subject_last"), ("fact by fact", 3, None)])
+def test_a_click_on_a_map_of_all_facts_reads_its_column(exploration, view, fact, token):
+    explorer = Explorer(exploration, localizer="attribution_patching", view=view)
+    scores = exploration.scores("attribution_patching", "logit_diff")
+    explorer.click("a1", scores.roles.index(token) if token else fact)
+    assert (explorer.fact.value, explorer.component.value) == (fact, "a1")
+    assert explorer.position.value == (max(exploration.pairs[0].subject) if token else -1)
+    assert _subtitle(explorer.changed).startswith("a1 (zero) at ")
+
+
+def test_every_map_names_the_components_of_its_cells(exploration):
+    explorer = Explorer(exploration, localizer="attribution_patching", view="all facts")
+    for view in explorer.views:
+        explorer.view.value = view
+        for trace in explorer.map.figure["data"]:
+            names = {name for row in trace["customdata"] for name in row} - {""}
+            assert {str(Component.parse(name)) for name in names} == names, view
+
+
+def test_a_click_in_the_browser_reaches_the_explorer_and_plotly_is_sent_once(exploration):
+    explorer = Explorer(exploration, localizer="attribution_patching", view="this prompt")
+    explorer.map._handle_custom_msg({"component": "a2", "column": 0}, [])
+    assert (explorer.component.value, explorer.position.value) == ("a2", 0)
+    sent = [bool(figure.plotlyjs) for figure in (explorer.map, explorer.answers, explorer.changed)]
+    assert sent == [True, False, False]
+
+
+def _subtitle(figure):
+    return figure.figure["layout"]["title"]["subtitle"]["text"]
 
 
 def _array(values):
