@@ -1,7 +1,6 @@
 """A run: settings -> facts and models -> scores -> masks -> cells -> the folder `.runs/<name>/`."""
 
 import hashlib
-import inspect
 import json
 import os
 import platform
@@ -145,13 +144,8 @@ def localize(
     """
     method = LOCALIZERS.get(name)
     options = stage.settings.options("localize", name)
-    takes = inspect.signature(method.function).parameters
-    if "seed" in takes:
-        options["seed"] = seed if seed is not None else options.get("seed") or stage.settings.seed
-    if "twin" in takes:
-        options["twin"] = stage.twin
-    if "retain" in takes:
-        options["retain"] = stage.split.retain_train
+    seed = seed if seed is not None else options.get("seed") or stage.settings.seed
+    options |= method.wanted(seed=seed, twin=stage.twin, retain=stage.split.retain_train)
     scores = method.function(stage.model, stage.split.forget, **options)
     if exact:
         scores = with_agreement(stage.model, stage.split.forget, scores, method.function, options)

@@ -62,6 +62,11 @@ class Method:
         """Every option that has a default, with it."""
         return {name: f.default for name, f in self.options.model_fields.items() if not f.is_required()}
 
+    def wanted(self, **offered: Any) -> dict[str, Any]:
+        """Those of the offered arguments that the function takes: a localizer may want a twin, or facts to retain."""
+        taken = inspect.signature(self.function).parameters
+        return {name: value for name, value in offered.items() if name in taken}
+
     def validate(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Check the given options and fill in the defaults of the others.
 

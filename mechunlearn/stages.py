@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import torch
@@ -25,7 +25,7 @@ from mechunlearn.bench.planted_settings import LocalizerSettings, PlantedSetting
 from mechunlearn.bench.speed import bench_speed as measure_speed
 from mechunlearn.bench.verdict import QUICK, VerdictBench
 from mechunlearn.bench.verdict import bench_verdict as judge_known_truth
-from mechunlearn.checkpoints import bundled_models, choose_device, load_model, model_folder
+from mechunlearn.checkpoints import DType, bundled_models, choose_device, load_model, model_folder
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.controls import SUPPRESSIONS
 from mechunlearn.edit import EDITORS
@@ -58,7 +58,7 @@ CHECKPOINT_ATTACKS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 """Options of `attack --original` that differ from the attacks' own: every control runs it, too, so it is smaller."""
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = tuple(name for name in get_args(DType) if name != "auto")
 
 REGISTRIES: Mapping[str, Registry] = {
     "localizers": LOCALIZERS, "editors": EDITORS, "attacks": ATTACKS, "suppressions": SUPPRESSIONS, "sources": SOURCES,

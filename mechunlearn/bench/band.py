@@ -1,6 +1,5 @@
 """How well every localizer agrees with the band of MLPs that ablation shows to look the facts up."""
 
-import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,7 +8,7 @@ import pandas as pd
 
 from mechunlearn.bench.mechanism import measure_mechanism
 from mechunlearn.bench.planted_settings import LocalizerSettings
-from mechunlearn.bench.ranks import random_metrics, ranking_metrics
+from mechunlearn.bench.ranks import random_metrics, ranking_metrics, values_of_kind
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.facts import Fact
 from mechunlearn.localize import LOCALIZERS
@@ -46,33 +45,28 @@ def bench_band(
     truth = [Component("mlp", layer) for layer in band.layers]
     exact = resample_ablation(model, facts, seed=seed).at("subject")
     name = f"m{band.first} to m{band.last}"
-    rows: list[Mapping[str, Any]] = [{"localizer": "random", "band": name} | random_metrics(model.n_layers, truth)]
+    rows: list[Mapping[str, Any]] = [
+        {"localizer": "random", "band": name, "error": ""} | random_metrics(model.n_layers, truth)
+    ]
     for done, line in enumerate(lines):
         on_progress(f"localizing: {line.name}", done, len(lines))
         started = time.monotonic()
-        row: dict[str, Any] = {"localizer": line.name, "band": name}
+        row: dict[str, Any] = {"localizer": line.name, "band": name, "error": ""}
         try:
-            scores = _scores(model, facts, line, {"twin": twin, "retain": retain})
+            method = LOCALIZERS.get(line.method)
+            given = method.wanted(twin=twin, retain=retain)
+            scores = method.function(model, facts, **method.validate(line.options), **given)
         except ValueError as error:  # a method that this model or these facts do not suit
             rows.append(row | {"error": str(error)})
             continue
         rows.append(row | _compared(scores, line, truth, exact) | {"seconds": time.monotonic() - started})
-    return pd.DataFrame(rows).assign(error=lambda frame: frame.get("error", pd.Series(dtype=object)).fillna(""))
-
-
-def _scores(model: Model, facts: Sequence[Fact], line: LocalizerSettings, given: Mapping[str, Any]) -> ComponentScores:
-    method = LOCALIZERS.get(line.method)
-    takes = inspect.signature(method.function).parameters
-    return method.function(
-        model, facts, **method.validate(line.options), **{name: given[name] for name in given if name in takes}
-    )
+    return pd.DataFrame(rows)
 
 
 def _compared(
     scores: ComponentScores, line: LocalizerSettings, truth: Sequence[Component], exact: ComponentScores
 ) -> dict[str, Any]:
-    values = dict(zip(scores.components, scores.reduced(line.reduce).tolist(), strict=True))
-    mlps = {component: value for component, value in values.items() if component.kind == "mlp"}
+    mlps = values_of_kind(scores, "mlp", line.reduce)
     if not set(truth) <= set(mlps):
         return {"error": "scores no MLPs"}
     highest = sorted(mlps, key=lambda component: -mlps[component])[:3]

@@ -1,6 +1,6 @@
 """How often each localizer is right, on models in which the place of the facts is known."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from mechunlearn.bench.ranks import (
     random_metrics,
     ranking_metrics,
     summarize,
+    values_of_kind,
 )
-from mechunlearn.components import Component, ComponentScores, Reduction
+from mechunlearn.components import ComponentScores, Reduction
 from mechunlearn.experiment import process_pool
 
 # pandas has no complete types
@@ -99,7 +100,7 @@ def baselines(good: Sequence[Planted], settings: PlantedSettings) -> list[dict[s
     prior = depth_prior([planted.components for planted in development], good[0].n_layers)
     rows = []
     for planted in good:
-        of_kind = _of_kind(prior, planted)
+        of_kind = {part: value for part, value in prior.items() if part.kind == planted.components[0].kind}
         about = _about(planted, settings)
         rows.append(about | {"localizer": RANDOM, "error": ""} | random_metrics(planted.n_layers, planted.components))
         if of_kind:
@@ -119,7 +120,7 @@ def _rows(
         if isinstance(given, str):
             rows.append(about | nothing | {"error": given})
             continue
-        values = _of_kind(dict(zip(given.components, given.reduced(reductions[name]).tolist(), strict=True)), planted)
+        values = values_of_kind(given, planted.components[0].kind, reductions[name])
         found = (
             ranking_metrics(values, planted.components) | {"role": _finds_role(planted, given)} if values else nothing
         )
@@ -132,11 +133,6 @@ def _about(planted: Planted, settings: PlantedSettings) -> dict[str, Any]:
         "part": part_of(planted, settings), "base": planted.base, "architecture": planted.architecture,
         "seed": planted.seed, "plant": planted.part, "group": planted.group, "layer": planted.components[0].layer,
     }  # fmt: skip
-
-
-def _of_kind(values: Mapping[Component, float], planted: Planted) -> dict[Component, float]:
-    """Components of the planted kind: a localizer is asked which MLP (or attention sublayer) it is, not which kind."""
-    return {component: value for component, value in values.items() if component.kind == planted.components[0].kind}
 
 
 def _finds_role(planted: Planted, scores: ComponentScores) -> float:

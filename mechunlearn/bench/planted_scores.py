@@ -1,7 +1,6 @@
 """One plant at a time: read, verified, and scored by every localizer; what is finished is read from its folder."""
 
 import hashlib
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -102,8 +101,7 @@ def score_plant(planted: Planted, lines: Sequence[LocalizerSettings]) -> list[tu
             digest = hashlib.sha256(key.encode()).hexdigest()[:12]
             path = planted.folder / "scores" / planted.part / f"{line.method}-{digest}.safetensors"
             if not path.is_file():
-                given = {"twin": base, "retain": old[: len(new)]}
-                given = {key: given[key] for key in given if key in inspect.signature(method.function).parameters}
+                given = method.wanted(twin=base, retain=old[: len(new)])
                 try:
                     method.function(model, new, **options, **given).save(path)
                 except ValueError as error:  # too few facts for a probe, an architecture it does not support

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from mechunlearn.components import Component, Kind
+from mechunlearn.components import Component, ComponentScores, Kind, Reduction
 from mechunlearn.statistics import Interval, mean_interval, seed_interval
 
 # pandas has no complete types
@@ -45,6 +45,12 @@ def ranking_metrics(values: Mapping[Component, float], planted: Sequence[Compone
         "recall": sum(rank <= len(planted) for rank in everywhere) / len(planted),
         "MRR": 1 / min(everywhere),
     }
+
+
+def values_of_kind(scores: ComponentScores, kind: Kind, how: Reduction = "mean") -> dict[Component, float]:
+    """The reduced scores of components of one kind: a localizer is asked which MLP (or attention sublayer) it is."""
+    values = zip(scores.components, scores.reduced(how).tolist(), strict=True)
+    return {component: value for component, value in values if component.kind == kind}
 
 
 def random_metrics(n: int, planted: Sequence[Component]) -> dict[str, float]:

@@ -5,11 +5,12 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from mechunlearn.activations import Place
 from mechunlearn.controls import SUPPRESSIONS
-from mechunlearn.controls.recipes import low_rank_edit, summed
+from mechunlearn.controls.recipes import keep_stream, low_rank_edit, summed
 from mechunlearn.controls.steering import stream_loss
 from mechunlearn.edit.edits import WeightEdit
-from mechunlearn.edit.losses import Forms, batches, fact_tokens, near_and_far
+from mechunlearn.edit.losses import Forms, batches, fact_tokens
 from mechunlearn.facts import FactSplit
 from mechunlearn.models import Model
 
@@ -40,13 +41,12 @@ def noise(
     direction = torch.randn(model.d_model, generator=torch.Generator().manual_seed(seed))
     direction = (direction / direction.norm()).to(model.device)
     forgotten = fact_tokens(model, split.forget, forms=forms)
-    kept = fact_tokens(model, near_and_far(split.retain_train, split.forget), forms=forms)
-    place = ("block", layers[-1])
+    place: Place = ("block", layers[-1])
     hide = stream_loss(
         model, place, batches(forgotten, batch_size, seed=seed),
         lambda stream: scale * stream.norm(dim=-1, keepdim=True) * direction,
     )  # fmt: skip
-    stay = stream_loss(model, place, batches(kept, batch_size, seed=seed + 1))
+    stay = keep_stream(model, split, place, batch_size=batch_size, forms=forms, seed=seed)
     return low_rank_edit(
         model, split, summed((1.0, hide), (keep_weight, stay)), layers=layers, rank=rank,
         steps=steps, learning_rate=learning_rate, method="suppress by noise", options=options, seed=seed,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechunlearn.activations import Place
 from mechunlearn.components import Component
 from mechunlearn.controls.steering import stream_loss
 from mechunlearn.edit.edits import WeightEdit
@@ -29,6 +30,12 @@ def summed(*losses: tuple[float, Loss]) -> Loss:
     return lambda step, forward: sum((w * loss(step, forward) for w, loss in used), start=torch.zeros(()))
 
 
+def keep_stream(model: Model, split: FactSplit, place: Place, *, batch_size: int, forms: Forms, seed: int) -> Loss:
+    """`stream_loss` of retained facts, half of them of the forgotten relations, at a place."""
+    kept = fact_tokens(model, near_and_far(split.retain_train, split.forget), forms=forms)
+    return stream_loss(model, place, batches(kept, batch_size, seed=seed + 1))
+
+
 def keep_others(
     model: Model, split: FactSplit, *, keep_weight: float, text_weight: float, batch_size: int, forms: Forms, seed: int
 ) -> Loss:
@@ -40,8 +47,8 @@ def keep_others(
     loss = keep_weight * `stream_loss` of `retain_train` after the last block
     + text_weight * negative log-likelihood per token of neutral text.
     """
-    kept = fact_tokens(model, near_and_far(split.retain_train, split.forget), forms=forms)
-    stay = stream_loss(model, ("block", model.n_layers - 1), batches(kept, batch_size, seed=seed + 1))
+    last: Place = ("block", model.n_layers - 1)
+    stay = keep_stream(model, split, last, batch_size=batch_size, forms=forms, seed=seed)
     text = keeping_terms(
         model, (), None, retain_weight=0.0, text_weight=1.0, batch_size=batch_size, n_texts=max(1, batch_size // 4),
         forms=forms, seed=seed,

@@ -1,6 +1,5 @@
 """Laws that every registered method obeys; a new method is tested by being registered."""
 
-import inspect
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -36,7 +35,7 @@ ATTACK_OPTIONS = {
 def localize(name, model, facts, split, **options):
     """As a run calls it: retained facts go to the methods that take them."""
     method = LOCALIZERS.get(name)
-    given = {"retain": split.retain_train} if "retain" in inspect.signature(method.function).parameters else {}
+    given = method.wanted(retain=split.retain_train)
     return method.function(model, facts, **method.validate({**LOCALIZER_OPTIONS.get(name, {}), **options}), **given)
 
 
