@@ -19,6 +19,8 @@ from mechunlearn.report import figures
 from mechunlearn.report.live_figure import LiveFigure
 
 ALL_TOKENS = ("all tokens", -1)  # None would leave a dropdown empty
+OF_ALL_FACTS = ("all facts", "fact by fact")
+"""Maps that are the same whichever fact is picked."""
 _HOW_TIPS = (
     "it writes nothing",
     "its mean over the facts, at tokens of the same role",
@@ -127,7 +129,8 @@ class Explorer(widgets.VBox):
         )  # fmt: skip
         self.answers.show(_bars(outcome, ("clean run", "corrupt run"), "the two runs"))
         self._show_change()
-        self._show_map()
+        if self.view.value not in OF_ALL_FACTS or not self.map.figure:
+            self._show_map()
 
     def _show_scores(self) -> None:
         """Show the localizer's scores, on the prompt's map if the map that is picked has none."""

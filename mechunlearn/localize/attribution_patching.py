@@ -39,6 +39,8 @@ def attribution_patching(
         forms. First order, so not bounded and not exact: see `resample_ablation`.
 
     Args:
+        form: "denoise" and "noise" are shifted by half the metric's curvature, which exchanged subjects with the same
+            answer show, too (see `shuffled_pairs`); "both" has no such shift and costs one backward pass more.
         metric: logit(true answer) - logit(donor's answer) after the prompt, at the first token where they differ.
         kinds: "head" scores every head's z before the output projection, "neuron" every neuron of the MLPs.
         streamed: hold one block's graph at a time, for models that fit no other way; see `streamed.streamed_scores`.

@@ -24,6 +24,15 @@ async function render({ model, el }) {
   say();
   model.on("change:note", say);
 
+  const outline = ({ x, y, pointNumber: [row, column], xaxis, yaxis }) => {
+    // a layer is a number on its axis; a category (a token, a component) stands at its number in the map
+    const [across, up] = [typeof x === "number" ? x : column, typeof y === "number" ? y : row];
+    const around = { x0: across - 0.5, x1: across + 0.5, y0: up - 0.5, y1: up + 0.5 };
+    const shape = { name: "clicked", type: "rect", xref: xaxis._id, yref: yaxis._id, ...around, line: { width: 2 } };
+    const others = (plot.layout.shapes ?? []).filter(({ name }) => name !== "clicked");
+    globalThis.Plotly.relayout(plot, { shapes: [...others, shape] });
+  };
+
   if (model.get("plotlyjs")) load(model.get("plotlyjs"));
   const Plotly = await page.ready;
   let width = 0;
@@ -41,7 +50,9 @@ async function render({ model, el }) {
     await Plotly.newPlot(plot, data, { ...layout, width }, buttons);
     plot.removeAllListeners("plotly_click");
     plot.on("plotly_click", ({ points: [point] }) => {
-      if (point.customdata) model.send({ component: point.customdata, column: point.pointNumber[1] });
+      if (!point.customdata) return;
+      outline(point);
+      model.send({ component: point.customdata, column: point.pointNumber[1] });
     });
     say();
   };
