@@ -10,9 +10,11 @@ import pandas as pd
 from mechunlearn.bench.planted_scores import Planted, score_plant, verify_plant
 from mechunlearn.bench.planted_settings import PlantedSettings
 from mechunlearn.bench.ranks import (
+    CELLS,
     METRICS,
     PRIOR,
     RANDOM,
+    cell_metrics,
     depth_prior,
     differences,
     random_metrics,
@@ -38,8 +40,7 @@ class PlantedBench:
     ladder: pd.DataFrame
     """One row a plant, those left out too: base, part, accuracies, cost by role, roles, reason."""
     rows: pd.DataFrame
-    """One row a (plant, localizer): rank metrics, `role` (whether the planted part's highest role is a true one), and
-    `error`, why a localizer could not score this plant."""
+    """One row a (plant, localizer): rank metrics, those of `CELLS`, and `error`, why a localizer could not score it."""
 
     @property
     def summary(self) -> pd.DataFrame:
@@ -114,16 +115,17 @@ def _rows(
     """One row a localizer; empty metrics where it does not score components of the planted kind."""
     reductions: dict[str, Reduction] = {line.name: line.reduce for line in settings.lines()}
     rows = []
-    nothing = dict.fromkeys((*METRICS, "role"), float("nan"))
+    nothing = dict.fromkeys((*METRICS, *CELLS), float("nan"))
     for name, given in scores:
         about = _about(planted, settings) | {"localizer": name}
         if isinstance(given, str):
             rows.append(about | nothing | {"error": given})
             continue
         values = values_of_kind(given, planted.components[0].kind, reductions[name])
-        found = (
-            ranking_metrics(values, planted.components) | {"role": _finds_role(planted, given)} if values else nothing
-        )
+        found = nothing
+        if values:
+            cells = cell_metrics(given, planted.components, planted.verification.roles, reductions[name])
+            found = ranking_metrics(values, planted.components) | cells
         rows.append(about | found | {"error": ""})
     return rows
 
@@ -133,19 +135,6 @@ def _about(planted: Planted, settings: PlantedSettings) -> dict[str, Any]:
         "part": part_of(planted, settings), "base": planted.base, "architecture": planted.architecture,
         "seed": planted.seed, "plant": planted.part, "group": planted.group, "layer": planted.components[0].layer,
     }  # fmt: skip
-
-
-def _finds_role(planted: Planted, scores: ComponentScores) -> float:
-    """Whether the planted part's highest role is a true one; "subject" stands for every role of the subject.
-
-    NaN where the localizer does not tell the last token from the subject.
-    """
-    if len(scores.roles) < 2:
-        return float("nan")
-    at = [scores.components.index(component) for component in planted.components]
-    best = scores.roles[int(scores.by_role[at].sum(axis=0).argmax())]
-    true = planted.verification.roles
-    return float(best in true or (best == "subject" and any(role.startswith("subject") for role in true)))
 
 
 def _ladder(checked: Sequence[Planted], settings: PlantedSettings) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mechunlearn import localize
 from mechunlearn.bench.ladder import Verification, verify
 from mechunlearn.bench.planted_settings import LocalizerSettings
 from mechunlearn.checkpoints import load_model
@@ -56,6 +57,13 @@ def _base(folder: Path) -> tuple[Model, Model]:
     return model, twin
 
 
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """Hash of the localizers' source: scores of other code are not read again."""
+    files = sorted(Path(localize.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def read_facts(folder: Path) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
     """Old and new facts of a base."""
     data = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
@@ -86,8 +94,9 @@ def verify_plant(path: Path) -> Planted:
 
 
 def score_plant(planted: Planted, lines: Sequence[LocalizerSettings]) -> list[tuple[str, ComponentScores | str]]:
-    """Scores of the plant's new facts by every localizer, or why it could not score them; finished ones are read.
+    """Scores of the plant's new facts by every localizer, or why it could not score them.
 
+    Finished ones of the same method, options and code of `mechunlearn/localize/` are read from the plant's folder.
     A method that takes a `twin` gets the base, one that takes facts to `retain` as many old facts as there are new.
     """
     old, new = read_facts(planted.folder)
@@ -97,7 +106,7 @@ def score_plant(planted: Planted, lines: Sequence[LocalizerSettings]) -> list[tu
         for line in lines:
             method = LOCALIZERS.get(line.method)
             options = method.validate(line.options)
-            key = json.dumps([version("mechunlearn"), line.method, options], sort_keys=True)
+            key = json.dumps([version("mechunlearn"), _code(), line.method, options], sort_keys=True)
             digest = hashlib.sha256(key.encode()).hexdigest()[:12]
             path = planted.folder / "scores" / planted.part / f"{line.method}-{digest}.safetensors"
             if not path.is_file():

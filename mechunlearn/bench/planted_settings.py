@@ -48,6 +48,8 @@ class PlantedSettings(Strict):
     workers: Annotated[int, Field(ge=1)] = 1
     every_localizer: bool = False
     """Compare every registered localizer that no line names, with its defaults."""
+    common: Options = Field(default={})
+    """Options that every localizer gets that has them and does not say otherwise: as many pairs for all, say."""
     leave_out: list[str] = Field(default=[])
     """Localizers that `every_localizer` does not mean."""
     localizers: list[LocalizerSettings] = Field(default=[])
@@ -75,10 +77,16 @@ class PlantedSettings(Strict):
         return self
 
     def lines(self) -> tuple[LocalizerSettings, ...]:
-        """The localizers to compare, those of the file first."""
+        """The localizers to compare, those of the file first, each with all that it is given."""
         named = {line.method for line in self.localizers} | set(self.leave_out)
         rest = [name for name in LOCALIZERS.names() if self.every_localizer and name not in named]
-        return (*self.localizers, *(LocalizerSettings(method=name) for name in rest))
+
+        def given(line: LocalizerSettings) -> LocalizerSettings:
+            known = LOCALIZERS.get(line.method).options.model_fields
+            common = {name: value for name, value in self.common.items() if name in known}
+            return LocalizerSettings(**line.model_dump() | {"options": common | line.options})
+
+        return tuple(map(given, (*self.localizers, *(LocalizerSettings(method=name) for name in rest))))
 
 
 def load_planted(name_or_path: str | Path) -> PlantedSettings:

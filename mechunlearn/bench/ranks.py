@@ -16,6 +16,7 @@ from mechunlearn.statistics import Interval, mean_interval, seed_interval
 # pyright: standard
 
 METRICS = ("hit@1", "hit@1 without layer 0", "recall", "MRR")
+CELLS = ("cell hit@1", "role")
 RANDOM, PRIOR = "random", "depth prior"
 
 
@@ -44,6 +45,32 @@ def ranking_metrics(values: Mapping[Component, float], planted: Sequence[Compone
         "hit@1 without layer 0": float(min(ranks(above)) == 1) if inside else nan,
         "recall": sum(rank <= len(planted) for rank in everywhere) / len(planted),
         "MRR": 1 / min(everywhere),
+    }
+
+
+def cell_metrics(
+    scores: ComponentScores, planted: Sequence[Component], true_roles: Sequence[str], how: Reduction = "mean"
+) -> dict[str, float]:
+    """Compare the scores of single cells, a component at a token role, with the true ones.
+
+    cell hit@1: of the components of the planted kind and all roles, the highest cell is a planted component at a true
+    role; a tie is no hit. role: the planted components' own highest role is a true one. The role "subject" stands for
+    every role of the subject. NaN where a localizer does not tell the last token from the subject.
+    """
+    if len(scores.roles) < 2:
+        return dict.fromkeys(CELLS, nan)
+    per_fact = scores.per_fact
+    cells = np.abs(per_fact).mean(axis=0) if how == "mean_of_abs" else per_fact.mean(axis=0)
+    cells = np.abs(cells) if how == "abs_of_mean" else cells
+    true = {*true_roles, *(["subject"] if any(role.startswith("subject") for role in true_roles) else [])}
+    kind = [i for i, component in enumerate(scores.components) if component.kind == planted[0].kind]
+    own = [scores.components.index(component) for component in planted]
+    best = np.argwhere(cells[kind] == cells[kind].max())
+    found = [(scores.components[kind[i]], scores.roles[j]) for i, j in best]
+    hit = len(found) == 1 and found[0][0] in planted and found[0][1] in true
+    return {
+        "cell hit@1": float(hit),
+        "role": float(scores.roles[int(cells[own].sum(axis=0).argmax())] in true),
     }
 
 
@@ -96,14 +123,14 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean of every metric by part, kind of plant ("all" too) and localizer, over bases, with intervals.
 
     Args:
-        rows: one a (plant, localizer): part, base, plant, group, localizer, the metrics and, if there, role (whether
-            the planted part's highest token role is a true one); NaN: not scored.
+        rows: one a (plant, localizer): part, base, plant, group, localizer, the metrics and, if there, those of
+            `CELLS`; NaN: not scored.
     """
     both = pd.concat([rows, rows.assign(group="all")])
     table = []
     keys = ["part", "group", "localizer"]
     for key, own in both.groupby(keys, sort=False):
-        for metric in [name for name in (*METRICS, "role") if name in own]:
+        for metric in [name for name in (*METRICS, *CELLS) if name in own]:
             scored = own.dropna(subset=[metric])
             if len(scored):
                 found = interval_over_bases(np.asarray(scored.groupby("base")[metric].mean()))

@@ -44,8 +44,8 @@ def atp_star(
     """Attribution patching, repaired where saturated attention or paths that cancel hide an effect.
 
     qk_fix: a head's score is what its queries, its keys and its values do one by one: the softmax is computed anew
-        with the clean query, or with one clean key, and only what follows the pattern is linearised. Without it the
-        score of a head is that of its output z.
+        with the clean query, or with one clean key, and only what follows the pattern is linearised; an attention
+        sublayer's score is the sum over its heads. Without it the score is that of the head's or sublayer's output.
     grad_drop: for each layer, the gradient that passes through its attention and MLP is dropped, and the sizes of
         the resulting scores are averaged: score = 1 / (n_layers - 1) * sum over layers of |score without the layer|. A
         direct effect that an indirect one cancels shows in at least one of them.
@@ -55,7 +55,7 @@ def atp_star(
 
     Raises:
         ValueError: no facts, no kinds, a fact that cannot be paired, grad_drop on a single layer.
-        NotSupported: qk_fix for heads of an architecture whose attention cannot be watched (GPT-Neo).
+        NotSupported: qk_fix in an architecture whose attention cannot be watched (GPT-Neo).
 
     Differs from the source: z is not a node beside q, k and v; tokens are aligned by role, and where two prompts differ
         in length a rotated query meets keys at other distances than in its own run.
@@ -65,12 +65,12 @@ def atp_star(
         raise ValueError(
             "atp_star: option 'grad_drop': got a model of one layer, allowed: two or more; set it to false"
         )
-    fixed = qk_fix and "head" in kinds
+    fixed = qk_fix and bool({"head", "attention"} & set(kinds))
     return score_pairs(
         model, facts, lambda batch, components: _scores(model, batch, components, fixed, grad_drop),
         method="atp_star", kinds=kinds, pairs_per_fact=pairs_per_fact, donors=donors, batch_size=batch_size,
         seed=seed,
-        options={"qk_fix": qk_fix, "grad_drop": grad_drop},
+        options={"qk_fix": fixed, "grad_drop": grad_drop},
         sign="logits, sizes only: with a layer's gradient dropped in turn" if grad_drop else SIGN,
     )  # fmt: skip
 
@@ -78,8 +78,9 @@ def atp_star(
 def _scores(
     model: Model, batch: PairBatch, components: Sequence[Component], fixed: bool, grad_drop: bool
 ) -> BatchScores:
-    places = [place for place in places_of(components) if not (fixed and place[0] == "head")]
-    layers = sorted({c.layer for c in components}) if fixed else []
+    attended = [place for place in places_of(components) if fixed and place[0] in ("head", "attention")]
+    places = [place for place in places_of(components) if place not in attended]
+    layers = sorted({layer for _, layer in attended})
     with ExitStack() as stack:
         records = stack.enter_context(recorded_attention(model)) if fixed else AttentionRecord()
         clean = run(model, batch, batch.clean, places, gradient=False)
@@ -105,7 +106,11 @@ def _scores(
             }  # fmt: skip
             for i, layer in enumerate(layers):
                 pattern, values = found[len(places) + 2 * i : len(places) + 2 * i + 2]
-                effects["head", layer] = head_effects(batch, before[layer], after[layer], pattern, values)
+                by_head = head_effects(batch, before[layer], after[layer], pattern, values)
+                both: dict[Place, Tensor] = {
+                    ("head", layer): by_head, ("attention", layer): by_head.sum(1, keepdim=True)
+                }  # fmt: skip
+                effects |= {place: effect for place, effect in both.items() if place in attended}
             for place, effect in effects.items():
                 if grad_drop and place[1] == turn:  # a node's own layer: nothing but the node itself would be dropped
                     continue

@@ -96,6 +96,34 @@ def recorded_attention(model: Model) -> Iterator[AttentionRecord]:
         AttentionMaskInterface._global_mapping.pop(_NAME, None)
 
 
+def _columns(tensor: Float[Tensor, "batch head query key"], positions: Tensor) -> Tensor:
+    """[batch head query aligned], the keys at the aligned tokens."""
+    index = positions[:, None, None, :].expand(*tensor.shape[:3], -1)
+    return tensor.gather(-1, index)
+
+
+def _without_each_key(
+    scores: Float[Tensor, "batch head query key"], gradient: Float[Tensor, "batch head query key"]
+) -> tuple[Tensor, Tensor]:
+    """For every key: log of the sum of the others' exponentials, and the gradient's mean under the others' softmax.
+
+    Nothing is subtracted: where one key has all the attention, what is left for the others is still exact. In float64,
+    whose exponents reach e^-700. A key without others, such as the first token's, has a finite stand-in and mean 0.
+    """
+    scores, gradient = scores.double(), gradient.double()
+    top = scores.amax(-1, keepdim=True)
+    weight = (scores - top).exp()
+
+    def others(tensor: Tensor) -> Tensor:
+        before = nn.functional.pad(tensor.cumsum(-1), (1, -1))
+        after = nn.functional.pad(tensor.flip(-1).cumsum(-1), (1, -1)).flip(-1)
+        return before + after
+
+    total, weighted = others(weight), others(weight * gradient)
+    tiny = torch.finfo(weight.dtype).tiny
+    return total.clamp(min=tiny).log() + top, torch.where(total > 0, weighted / total.clamp(min=tiny), 0)
+
+
 def head_effects(
     batch: PairBatch, clean: Attended, corrupt: Attended, pattern_gradient: Tensor, value_gradient: Tensor
 ) -> Float[Tensor, "batch head role"]:
@@ -117,12 +145,12 @@ def head_effects(
     scores = corrupt.logits(rows(clean.queries, there), exact(corrupt.keys)) + rows(masked, at)
     by_query = ((scores.softmax(-1) - rows(pattern, at)) * rows(gradient, at)).sum(-1)
 
-    old = corrupt.logits(exact(corrupt.queries), rows(corrupt.keys, at))  # [batch head query aligned]
-    new = corrupt.logits(exact(corrupt.queries), rows(clean.keys, there))
-    share = rows(pattern.transpose(-1, -2), at).transpose(-1, -2)
-    own = rows(gradient.transpose(-1, -2), at).transpose(-1, -2)
-    grown = torch.where(share > 0, torch.expm1((new - old).clamp(max=60)), 0)  # a masked key stays masked
-    by_key = (share * grown * (own - (pattern * gradient).sum(-1)[..., None]) / (1 + share * grown)).sum(-2)
+    old = corrupt.logits(exact(corrupt.queries), exact(corrupt.keys)) + masked
+    new = corrupt.logits(exact(corrupt.queries), rows(clean.keys, there)) + _columns(masked, at)
+    rest, mean = _without_each_key(old, gradient)
+    rest, mean, old, own = (_columns(found, at) for found in (rest, mean, old, gradient))
+    share, changed = torch.sigmoid(old - rest), torch.sigmoid(new - rest)
+    by_key = ((changed - share) * (own - mean)).sum(-2).to(by_query.dtype)
 
     moved = rows(clean.values, there) - rows(corrupt.values.detach(), at)
     by_value = (moved * rows(value_gradient, at)).sum(-1)

@@ -80,9 +80,9 @@ class Recipe:
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, BOS in front; an unknown word is an error, not a token."""
+    """One token a word, BOS in front; an unknown word, as TransformerLens tokenizes to make a bridge, is a pad."""
     words = [BOS, PAD, ":", *FIRST, *LAST, *RELATIONS, *ANSWERS]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
         single=f"{BOS} $A", special_tokens=[(BOS, 0)]
