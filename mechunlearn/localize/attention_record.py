@@ -107,21 +107,17 @@ def _without_each_key(
 ) -> tuple[Tensor, Tensor]:
     """For every key: log of the sum of the others' exponentials, and the gradient's mean under the others' softmax.
 
-    Nothing is subtracted: where one key has all the attention, what is left for the others is still exact. In float64,
-    whose exponents reach e^-700. A key without others, such as the first token's, has a finite stand-in and mean 0.
+    The highest key is left out before anything is summed: where it has all the attention, to the last bit, what the
+    others would share is still exact. The sum without any other key holds the highest, so subtracting loses nothing.
     """
-    scores, gradient = scores.double(), gradient.double()
-    top = scores.amax(-1, keepdim=True)
+    top, highest = scores.max(-1, keepdim=True)
     weight = (scores - top).exp()
-
-    def others(tensor: Tensor) -> Tensor:
-        before = nn.functional.pad(tensor.cumsum(-1), (1, -1))
-        after = nn.functional.pad(tensor.flip(-1).cumsum(-1), (1, -1)).flip(-1)
-        return before + after
-
-    total, weighted = others(weight), others(weight * gradient)
-    tiny = torch.finfo(weight.dtype).tiny
-    return total.clamp(min=tiny).log() + top, torch.where(total > 0, weighted / total.clamp(min=tiny), 0)
+    total = weight.sum(-1, keepdim=True) - weight
+    mean = ((weight * gradient).sum(-1, keepdim=True) - weight * gradient) / total
+    others = scores.scatter(-1, highest, float("-inf"))
+    theirs = (others.softmax(-1) * gradient).sum(-1, keepdim=True).nan_to_num()  # NaN: the only key that is seen
+    rest = (total.log() + top).scatter(-1, highest, others.logsumexp(-1, keepdim=True))
+    return rest, mean.scatter(-1, highest, theirs)
 
 
 def head_effects(

@@ -231,15 +231,15 @@ def test_head_effects_equal_replacing_one_query_key_or_value_at_a_time(double, f
     heads, d = 2, 3
     mask = torch.full((width, width), float("-inf"), dtype=torch.float64).triu(1)[None, None]
 
-    def attended(softcap):
-        one = Attended(queries=draw(n, heads, width, d), keys=draw(n, heads, width, d),
+    def attended(softcap, size):
+        one = Attended(queries=size * draw(n, heads, width, d), keys=size * draw(n, heads, width, d),
                        values=draw(n, heads, width, d), pattern=draw(1), mask=mask, scaling=0.7,
                        softcap=softcap)  # fmt: skip
         pattern = (one.logits(one.queries, one.keys) + mask).softmax(-1)
         return Attended(**{**one.__dict__, "pattern": pattern})
 
-    for softcap in (None, 1.5):
-        clean, corrupt = attended(softcap), attended(softcap)
+    for softcap, size in ((None, 1), (1.5, 1), (None, 30)):  # at 30 one key has all the attention, to the last bit
+        clean, corrupt = attended(softcap, size), attended(softcap, size)
         of_pattern, of_values = draw(n, heads, width, width), draw(n, heads, width, d)
         found = head_effects(batch, clean, corrupt, of_pattern, of_values)
         expected = torch.zeros_like(found)
@@ -253,6 +253,18 @@ def test_head_effects_equal_replacing_one_query_key_or_value_at_a_time(double, f
                     expected[b, :, role] += ((pattern - corrupt.pattern[b]) * of_pattern[b]).sum((-2, -1))
                 expected[b, :, role] += ((clean.values[b] - corrupt.values[b])[:, k] * of_values[b][:, k]).sum(-1)
         torch.testing.assert_close(found, expected)
+
+
+def test_an_attention_sublayer_is_the_sum_of_its_repaired_heads(double, facts) -> None:
+    batch, heads = a_batch(double, facts), all_components(double, ("head",))
+    sublayers = all_components(double, ("attention",))
+    with untouched(double):
+        of_heads, *_ = atp_star_scores(double, batch, heads, True, False)
+        found, *_ = atp_star_scores(double, batch, sublayers, True, False)
+        plain, *_ = atp_star_scores(double, batch, sublayers, False, False)
+    summed = of_heads.unflatten(1, (double.n_layers, double.n_heads)).sum(2)
+    torch.testing.assert_close(found, summed)
+    assert not torch.allclose(found, plain)
 
 
 def test_dropped_gradients_equal_stopping_them_by_hand(double, facts) -> None:
