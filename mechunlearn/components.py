@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 
 from mechunlearn.files import whole_file
 from mechunlearn.html_card import html_card
+from mechunlearn.rankings import bootstrap_rankings
 
 Kind = Literal["mlp", "attention", "head", "neuron"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -137,6 +138,15 @@ class ComponentScores:
             return np.full(len(self.components), np.nan)
         return self.per_fact.sum(axis=2).std(axis=0, ddof=1) / np.sqrt(self.n_facts)
 
+    @cached_property
+    def stability(self) -> tuple[float, float]:
+        """Would other facts have ranked the components so? Mean and 5% quantile of Spearman's correlation over draws.
+
+        Facts are drawn with replacement; NaN where all have the same scores. `localize.stability` draws subjects and
+        asks in other words, too.
+        """
+        return bootstrap_rankings(self.per_fact.sum(axis=2), np.ones(self.n_facts))
+
     def at(self, *roles: str) -> "ComponentScores":
         """The same scores at some of the token roles only.
 
@@ -184,8 +194,11 @@ class ComponentScores:
     def _repr_html_(self) -> str:
         largest = np.argsort(-np.abs(self.values), kind="stable")[:8]
         rows = [(self.components[i], float(self.values[i]), float(self.standard_error[i])) for i in largest]
+        mean, lower = self.stability
+        same = "undefined" if np.isnan(mean) else f"{mean:.2f} (5% quantile {lower:.2f})"
         lines = {
             "metric": self.metric, "sign": self.sign, "facts": self.n_facts, "roles": ", ".join(self.roles),
+            "rank correlation with other draws of the facts": same,
             "components": f"{len(self.components)}, the largest:",
         }  # fmt: skip
         return html_card(self.method, lines, [("component", "score", "standard error"), *rows])

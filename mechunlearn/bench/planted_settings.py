@@ -84,7 +84,7 @@ class PlantedSettings(Strict):
         def given(line: LocalizerSettings) -> LocalizerSettings:
             known = LOCALIZERS.get(line.method).options.model_fields
             common = {name: value for name, value in self.common.items() if name in known}
-            return LocalizerSettings(**line.model_dump() | {"options": common | line.options})
+            return line.model_copy(update={"options": common | line.options})
 
         return tuple(map(given, (*self.localizers, *(LocalizerSettings(method=name) for name in rest))))
 

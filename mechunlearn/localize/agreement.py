@@ -1,9 +1,9 @@
 """Do two localizations agree?"""
 
 import numpy as np
-from scipy.stats import rankdata
 
 from mechunlearn.components import ComponentScores
+from mechunlearn.rankings import rank_correlation
 
 
 def agreement(a: ComponentScores, b: ComponentScores, *, top: int | None = None) -> dict[str, float]:
@@ -30,7 +30,7 @@ def agreement(a: ComponentScores, b: ComponentScores, *, top: int | None = None)
     best_a, best_b = (set(np.argsort(-v, kind="stable")[:k]) for v in (x, y))
     return {
         "pearson": float("nan") if constant else float(np.corrcoef(x, y)[0, 1]),
-        "spearman": float("nan") if constant else float(np.corrcoef(rankdata(x), rankdata(y))[0, 1]),
+        "spearman": rank_correlation(x, y),
         "top_k_recall": len(best_a & best_b) / k,
         "k": k,
         "n_components": len(common),

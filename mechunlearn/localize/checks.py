@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from mechunlearn.components import ComponentScores
+import numpy as np
+
+from mechunlearn.components import Component, ComponentScores
 from mechunlearn.facts import Fact
 from mechunlearn.localize.activation_patching import activation_patching
 from mechunlearn.localize.agreement import agreement
@@ -43,18 +45,21 @@ def with_agreement(
     """The scores with a note `agreement`: with `activation_patching` of every component at all tokens at once.
 
     Both are taken on the same pairs of the same facts, drawn if there are more than `max_facts`. The form "both" is
-    compared with the mean of denoising and noising. Single neurons are too many to patch and are left out; scores of
-    other methods than the first-order ones are given back as they are.
+    compared with the mean of denoising and noising, the sizes that AtP*'s dropped gradients give with sizes. Single
+    neurons are too many to patch: where nothing else is scored, their MLPs are compared, as the sums of their neurons.
+    Scores of other methods than the first-order ones are given back as they are.
     """
-    kinds = tuple(kind for kind in ("mlp", "attention", "head") if any(c.kind == kind for c in scores.components))
-    if scores.method not in FIRST_ORDER or not kinds:
+    if scores.method not in FIRST_ORDER:
         return scores
+    kinds = tuple(kind for kind in ("mlp", "attention", "head") if any(c.kind == kind for c in scores.components))
     chosen = list(facts)
     if len(chosen) > max_facts:
         chosen = random.Random(0).sample(chosen, max_facts)
-        scored = localizer(model, chosen, **{**options, "kinds": kinds})
+        scored = localizer(model, chosen, **{**options, "kinds": kinds or ("neuron",)})
     else:
         scored = scores
+    if not kinds:
+        kinds, scored = ("mlp",), _of_mlps(scored)
     form = str(scores.options.get("form", "denoise"))
     shared: dict[str, Any] = {name: scores.options[name] for name in SHARED if name in scores.options}
     patched = [
@@ -62,8 +67,18 @@ def with_agreement(
         for one in (("denoise", "noise") if form == "both" else (form,))
     ]
     exact = replace(patched[0], per_fact=sum(one.per_fact for one in patched) / len(patched))
+    if scored.options.get("grad_drop"):  # sizes, fact by fact
+        exact = replace(exact, per_fact=np.abs(exact.per_fact))
     found = {"n_facts": len(chosen), **agreement(scored, exact)}
     return replace(scores, notes={**scores.notes, "agreement": _finite(found)})
+
+
+def _of_mlps(scores: ComponentScores) -> ComponentScores:
+    """Sums of the neurons of each MLP."""
+    layers = sorted({component.layer for component in scores.components})
+    own = [[i for i, component in enumerate(scores.components) if component.layer == layer] for layer in layers]
+    per_fact = np.stack([scores.per_fact[:, rows].sum(axis=1) for rows in own], axis=1)
+    return replace(scores, components=tuple(Component("mlp", layer) for layer in layers), per_fact=per_fact)
 
 
 def describe_checks(scores: ComponentScores) -> list[str]:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from mechunlearn.activations import exact, untouched
+from mechunlearn.activations import Place, PlaceKind, exact, hooked, last_logits, untouched
 from mechunlearn.bridge import build_bridge
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.facts import Fact, hash_facts
@@ -55,7 +55,7 @@ def direct_logit_attribution(
         NotSupported: heads of an architecture with a norm between heads and stream (Gemma).
         ValueError: no facts, no kinds, or a fact that cannot be paired.
 
-    Differs from the source: as TransformerLens' `direct_logit_attribution`, with the final norm's gain taken into the
+    Differs from the source: as TransformerLens' `direct_logit_attribution`, on the Hugging Face model's own run, with the final norm's gain taken into the
         unembedding here. TransformerLens asks for compatibility mode, which would rewrite the model's weights.
     Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; Wang et al. 2022, arXiv:2211.00593.
     """
@@ -93,18 +93,15 @@ def direct_effects(
     model: Model, bridge: "TransformerBridge", batch: PairBatch, components: Sequence[Component]
 ) -> tuple[Float[Tensor, "batch component"], Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     """Direct effects of the components, the embedding's (with positions) and the biases' on each pair's logit_diff."""
-    heads = any(component.kind == "head" for component in components)
-    hooks = ["hook_attn_out", "hook_mlp_out", *(["attn.hook_z"] if heads else [])]
-    listed = [f"blocks.{layer}.{hook}" for layer in range(model.n_layers) for hook in hooks]
-    names = ["hook_embed", "hook_pos_embed", "ln_final.hook_scale", *listed]
-    cache: Any = bridge.run_with_cache(batch.clean.ids, names_filter=names)[1]
+    cache = _cache(model, bridge, batch, heads=any(component.kind == "head" for component in components))
     rows = torch.arange(len(batch.pairs), device=model.device)
     unembedding, norm = exact(bridge.W_U), bridge.ln_final
     gain = exact(norm.weight) + (1.0 if getattr(bridge.cfg, "rmsnorm_uses_offset", False) else 0.0)
     towards = (unembedding[:, batch.answer] - unembedding[:, batch.counterfactual]).T
     parts: dict[str, Tensor] = {}
     stacks = [cache.decompose_resid(return_labels=True)]
-    stacks += [cache.stack_head_results(return_labels=True, incl_remainder=False)] if heads else []
+    if any(component.kind == "head" for component in components):
+        stacks.append(cache.stack_head_results(return_labels=True, incl_remainder=False))
     for stack, labels in stacks:
         scaled = exact(cache.apply_ln_to_stack(stack, layer=-1)[:, rows, batch.clean.last])
         parts |= dict(zip(labels, torch.einsum("cbd,bd->cb", scaled, gain * towards), strict=True))
@@ -113,6 +110,35 @@ def direct_effects(
     bias = exact(bias) + (towards @ exact(shift) if isinstance(shift, Tensor) else 0.0)
     embedding = parts["embed"] + parts.get("pos_embed", torch.zeros_like(bias))
     return torch.stack([parts[_label(component)] for component in components], dim=1), embedding, bias
+
+
+def _cache(model: Model, bridge: "TransformerBridge", batch: PairBatch, *, heads: bool) -> Any:
+    """TransformerLens' cache of the clean run, filled from the Hugging Face model's.
+
+    The bridge's own run computes attention patterns in float32 whatever the weights' dtype.
+    """
+    from transformer_lens import ActivationCache
+
+    last = model.n_layers - 1
+    kinds: dict[PlaceKind, str] = {"attention": "hook_attn_out", "mlp": "hook_mlp_out"}
+    if heads:
+        kinds["head"] = "attn.hook_z"
+    names: dict[Place, str] = {
+        (kind, layer): f"blocks.{layer}.{hook}" for layer in range(model.n_layers) for kind, hook in kinds.items()
+    }
+    with hooked(model, record=[("stream", 0), ("block", last), *names]) as seen:
+        last_logits(model, batch.clean)
+    end = exact(seen["block", last])
+    if bridge.cfg.normalization_type in ("LN", "LNPre"):
+        end = end - end.mean(-1, keepdim=True)
+    scale = (end.pow(2).mean(-1, keepdim=True) + bridge.cfg.eps).sqrt()
+    cached = {name: seen[place] for place, name in names.items()}
+    for layer in range(model.n_layers if heads else 0):
+        z = f"blocks.{layer}.attn.hook_z"
+        cached[z] = cached[z].unflatten(-1, (model.n_heads, -1))
+    embedding = seen["stream", 0]
+    embeddings = {"hook_embed": embedding, "hook_pos_embed": torch.zeros_like(embedding)}
+    return ActivationCache({**embeddings, **cached, "ln_final.hook_scale": scale}, bridge)
 
 
 def _label(component: Component) -> str:

@@ -6,10 +6,10 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 from mechunlearn.components import ComponentScores
 from mechunlearn.facts import Fact
+from mechunlearn.rankings import bootstrap_rankings, rank_correlation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class Stability:
     """Rank correlations (Spearman) between rankings of components; NaN where nothing can be compared."""
 
     subjects: float
-    """Mean over bootstrap draws of the subjects, against the ranking from all."""
+    """Mean over bootstrap draws of the subjects, against the ranking from all; NaN where all facts have one score."""
     subjects_lower: float
     """Their 5% quantile."""
     n_subjects: int
@@ -54,24 +54,15 @@ def stability(
         by_subject.setdefault(fact.subject, []).append(row)
     sums = np.stack([scores.per_fact[rows].sum(axis=(0, 2)) for rows in by_subject.values()])
     counts = np.array([len(rows) for rows in by_subject.values()])
-    rng = np.random.default_rng(seed)
-    chosen = rng.integers(len(counts), size=(draws, len(counts)))
-    found = [_rank_correlation(sums[c].sum(0) / counts[c].sum(), scores.values) for c in chosen]
+    subjects, lower = bootstrap_rankings(sums, counts, draws=draws, seed=seed)
     rankings = [scores.values]
     n = min([max_forms, *(1 + len(fact.paraphrases) for fact in facts)])
     if localizer is not None:
         for form in range(n - 1):
             again = [replace(fact, prompt=fact.paraphrases[form]) for fact in facts]
             rankings.append(localizer(model, again, **(options or {})).values)
-    between = [_rank_correlation(a, b) for a, b in combinations(rankings, 2)]
-    enough = len(counts) > 1
+    between = [rank_correlation(a, b) for a, b in combinations(rankings, 2)]
     return Stability(
-        subjects=float(np.mean(found)) if enough else float("nan"),
-        subjects_lower=float(np.quantile(found, 0.05)) if enough else float("nan"), n_subjects=len(counts),
+        subjects=subjects, subjects_lower=lower, n_subjects=len(counts),
         forms=float(np.mean(between)) if between else float("nan"), n_forms=len(rankings),
     )  # fmt: skip
-
-
-def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's, NaN where one side is constant."""
-    return float("nan") if np.ptp(a) == 0 or np.ptp(b) == 0 else float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])

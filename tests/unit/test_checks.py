@@ -35,15 +35,27 @@ def test_of_many_facts_some_are_compared_on_both_sides(knowing, facts):
     assert found.notes["agreement"]["n_facts"] == 5
 
 
-def test_neurons_and_other_methods_have_nothing_to_agree_with(knowing, facts):
+def test_neurons_are_compared_as_their_mlps_and_other_methods_with_nothing(knowing, facts):
     neurons = localize.attribution_patching(knowing, facts, kinds=("neuron",))
-    assert with_agreement(knowing, facts, neurons, localize.attribution_patching, {"kinds": ("neuron",)}) is neurons
+    mlps = localize.attribution_patching(knowing, facts, kinds=("mlp",))
+    options = {"kinds": ("neuron",)}
+    found = with_agreement(knowing, facts, neurons, localize.attribution_patching, options).notes["agreement"]
+    expected = with_agreement(knowing, facts, mlps, localize.attribution_patching, {"kinds": ("mlp",)})
+    assert found == pytest.approx(expected.notes["agreement"])
     norms = localize.gradient_norm(knowing, facts)
     assert with_agreement(knowing, facts, norms, localize.gradient_norm, {}) is norms
 
 
+def test_sizes_are_compared_with_sizes(knowing, facts):
+    scores = localize.atp_star(knowing, facts)
+    exact = localize.activation_patching(knowing, facts, roles=("all",))
+    found = with_agreement(knowing, facts, scores, localize.atp_star, {}).notes["agreement"]
+    expected = np.corrcoef(scores.values, np.abs(exact.per_fact).sum(axis=2).mean(axis=0))[0, 1]
+    assert found["pearson"] == pytest.approx(expected)
+
+
 def test_a_ranking_that_every_fact_shares_is_stable_and_is_saved_whatever_it_holds(knowing, facts, tmp_path):
-    same = np.tile(np.array([3.0, 2.0, 1.0])[None, :, None], (8, 1, 1))
+    same = np.array([3.0, 2.0, 1.0])[None, :, None] * np.arange(1, 9)[:, None, None]
     components = tuple(Component("mlp", i) for i in range(3))
     shared = {"method": "m", "metric": "logit_diff", "sign": "+", "components": components, "roles": ("all",)}
     scores = ComponentScores(**shared, per_fact=same)
@@ -54,4 +66,8 @@ def test_a_ranking_that_every_fact_shares_is_stable_and_is_saved_whatever_it_hol
     nothing = with_stability(knowing, facts, flat, lambda *_: flat, {}, forms=2)
     nothing.save(tmp_path / "scores.safetensors")
     assert "undefined" in describe_checks(ComponentScores.load(tmp_path / "scores.safetensors"))[0]
+    one = ComponentScores(**shared, per_fact=np.tile(same[:1], (8, 1, 1)))  # says nothing of other facts
+    assert with_stability(knowing, facts, one, lambda *_: one, {}, forms=1).notes["stability"]["subjects"] is None
+    assert "undefined" in one._repr_html_()
+    assert "1.00 (5% quantile 1.00)" in scores._repr_html_()
     assert with_stability(knowing, facts[:3], scores, lambda *_: scores, {}, forms=1) is scores  # not a row a fact

@@ -113,7 +113,9 @@ def test_scores_alike_for_every_subject_are_stable_and_noise_is_not(tiny_model, 
     model, facts = tiny_model(), tiny_facts.facts[:40]
     alike = scored(model, facts)
     noise = replace(alike, per_fact=np.random.default_rng(0).normal(size=alike.per_fact.shape))
-    assert stability(facts, alike).subjects == pytest.approx(1)
+    sized = replace(alike, per_fact=alike.per_fact * np.arange(1, 41)[:, None, None])
+    assert stability(facts, sized).subjects == pytest.approx(1)
+    assert np.isnan(stability(facts, alike).subjects)  # one row for all says nothing of other subjects
     found = stability(facts, noise)
     assert found.subjects_lower < found.subjects < 0.95
     assert found.n_subjects == 20

@@ -14,6 +14,7 @@ ORDER = (
         "facts",
         "files",
         "html_card",
+        "rankings",
         "components",
         "statistics",
         "power",
