@@ -372,11 +372,17 @@ def bench_band(
 @bench_app.command("speed")
 def bench_speed(
     size: Annotated[
-        list[str] | None, typer.Option("--size", help="llama-4x256, gpt2-12x768, llama-12x768 or llama-7b. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--size",
+            help="llama-8x128 (the organism's), llama-4x256, gpt2-12x768, llama-12x768, llama-7b or "
+            "llama-7b-one-prompt. Repeatable.",
+        ),
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often all is measured, in turns.")] = 5,
     device: Annotated[str, typer.Option("--device")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    memory_only: Annotated[bool, typer.Option("--memory-only", help="The streamed mode's memory alone.")] = False,
     out: Annotated[Path, typer.Option("--out", help="Folder that receives speed.csv.")] = Path(".runs/speed"),
 ) -> None:
     """What localizing costs against what it must cost: ratios within one run, on random models."""
@@ -384,7 +390,9 @@ def bench_speed(
 
     sizes = size or ["llama-4x256", "gpt2-12x768"]
     with _progress() as progress:
-        table = stages.bench_speed(sizes, out, device=device, dtype=dtype, rounds=rounds, on_progress=progress)
+        table = stages.bench_speed(
+            sizes, out, device=device, dtype=dtype, rounds=rounds, memory_only=memory_only, on_progress=progress
+        )
     _print_frame(table.drop(columns=["device", "date", "threads", "dtype"]), title=f"Ratios on {table['device'][0]}")
     console.print(f"table: {escape(str(out / 'speed.csv'))}", soft_wrap=True)
 

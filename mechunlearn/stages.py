@@ -359,7 +359,7 @@ def bench_band(
 
 
 def bench_speed(
-    sizes: Sequence[str], out: Path, *, device: str, dtype: str, rounds: int,
+    sizes: Sequence[str], out: Path, *, device: str, dtype: str, rounds: int, memory_only: bool,
     on_progress: Callable[[str, float, float], None],
 ) -> pd.DataFrame:  # fmt: skip
     """Measure the localizers' costs on random models; writes speed.csv, with date and device, into `out`.
@@ -371,7 +371,10 @@ def bench_speed(
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: got {dtype!r}, allowed: {', '.join(DTYPES)}")
     where = choose_device(device)
-    table = measure_speed(sizes, device=str(where), dtype=getattr(torch, dtype), rounds=rounds, on_progress=on_progress)
+    table = measure_speed(
+        sizes, device=str(where), dtype=getattr(torch, dtype), rounds=rounds, memory_only=memory_only,
+        on_progress=on_progress,
+    )  # fmt: skip
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{platform.machine()} CPU"
     table = table.assign(device=name, dtype=dtype, threads=torch.get_num_threads(), date=date.today().isoformat())
     with whole_folder(out) as partial:

@@ -55,8 +55,9 @@ def direct_logit_attribution(
         NotSupported: heads of an architecture with a norm between heads and stream (Gemma).
         ValueError: no facts, no kinds, or a fact that cannot be paired.
 
-    Differs from the source: as TransformerLens' `direct_logit_attribution`, on the Hugging Face model's own run, with the final norm's gain taken into the
-        unembedding here. TransformerLens asks for compatibility mode, which would rewrite the model's weights.
+    Differs from the source: as TransformerLens' `direct_logit_attribution`, on the Hugging Face model's own run and
+        with the final norm's gain taken into the unembedding. TransformerLens asks for compatibility mode, which would
+        rewrite the model's weights.
     Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; Wang et al. 2022, arXiv:2211.00593.
     """
     components = components_of(model, "direct_logit_attribution", kinds, ("mlp", "attention", "head"))

@@ -56,8 +56,11 @@ def test_streaming_needs_less_than_a_graph_of_all_blocks(monkeypatch):
 def test_every_measurement_has_a_ratio_and_a_goal(monkeypatch, family):
     monkeypatch.setattr(speed, "SIZES", {"tiny": speed.Size(**{**TINY.__dict__, "family": family})})
     table = speed.bench_speed(["tiny"], rounds=1)
-    assert len(table) == table["what"].nunique() == 8
+    assert len(table) == table["what"].nunique() == 9
     assert (table["ratio"] > 0).all()
+    alone = speed.bench_speed(["tiny"], memory_only=True)
+    assert set(alone["what"]) == {"streamed, memory", "streamed, GB with the weights"}
+    assert alone["met"].iloc[-1]  # a tiny model fits any card
     for row in table.itertuples():
         sense, goal = row.goal.split()
         assert row.met == (row.ratio <= float(goal) if sense == "<=" else row.ratio >= float(goal))
