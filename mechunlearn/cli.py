@@ -348,6 +348,7 @@ def bench_band(
     localizers: Annotated[
         str, typer.Option("--localizers", help="Preset or TOML file of `bench planted` that lists them.")
     ] = "bench-planted",
+    max_facts: Annotated[int, typer.Option("--max-facts", min=2, help="Facts for every localizer, drawn.")] = 96,
     device: Annotated[str, typer.Option("--device")] = "auto",
     out: Annotated[Path, typer.Option("--out", help="Folder that receives band.csv.")] = Path(".runs/band"),
 ) -> None:
@@ -359,8 +360,9 @@ def bench_band(
 
     with _progress() as progress:
         table = stages.bench_band(
-            model, stages.chosen(facts, forgotten), lines, twin=twin, device=device, out=out, on_progress=progress
-        )
+            model, stages.chosen(facts, forgotten), lines, twin=twin, max_facts=max_facts, device=device, out=out,
+            on_progress=progress,
+        )  # fmt: skip
     errors = table.loc[table["error"] != "", ["localizer", "error"]]
     if len(errors):
         _print_frame(errors, title="Localizers that could not be compared")

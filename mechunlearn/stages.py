@@ -344,14 +344,14 @@ def _ladder(settings: PlantedSettings, out: Path, on_progress: Callable[[str, fl
 
 def bench_band(
     model: str, facts: Mapping[str, str], lines: Sequence[LocalizerSettings], *,
-    twin: str | None, device: str, out: Path, on_progress: Callable[[str, float, float], None],
+    twin: str | None, max_facts: int, device: str, out: Path, on_progress: Callable[[str, float, float], None],
 ) -> pd.DataFrame:  # fmt: skip
     """Compare every localizer with the band of MLPs that ablation shows; writes band.csv into `out`."""
     replaceable(out)
     stage = _stage(model, facts, device=device, twin=twin)
     table = compare_with_band(
         stage.model, stage.split.forget, stage.split.retain_train[: len(stage.split.forget)], lines, twin=stage.twin,
-        on_progress=on_progress,
+        max_facts=max_facts, on_progress=on_progress,
     )  # fmt: skip
     with whole_folder(out) as partial:
         table.to_csv(partial / "band.csv", index=False)

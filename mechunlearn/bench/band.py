@@ -1,5 +1,6 @@
 """How well every localizer agrees with the band of MLPs that ablation shows to look the facts up."""
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,15 +23,16 @@ from mechunlearn.models import Model
 
 def bench_band(
     model: Model, facts: Sequence[Fact], retain: Sequence[Fact], lines: Sequence[LocalizerSettings], *,
-    twin: Model | None = None, seed: int = 0,
+    twin: Model | None = None, max_facts: int = 96, seed: int = 0,
     on_progress: Callable[[str, float, float], None] = lambda text, done, total: None,
 ) -> pd.DataFrame:  # fmt: skip
     """Score the facts by every localizer and compare its MLPs with the causally established band.
 
     The band is that of `bench.mechanism`: neighbouring MLPs whose joint ablation at the subject takes the answers away,
-    while as many before or after it do not. It is found on the same facts.
+    while as many before or after it do not. It is found on all the facts.
 
     Args:
+        max_facts: what the localizers get, drawn from the facts if there are more.
         retain, twin: for the methods that take them.
 
     Returns:
@@ -43,6 +45,7 @@ def bench_band(
     """
     band = measure_mechanism(model, facts, seed=seed).band
     truth = [Component("mlp", layer) for layer in band.layers]
+    facts = random.Random(seed).sample(facts, min(len(facts), max_facts))
     exact = resample_ablation(model, facts, seed=seed).at("subject")
     name = f"m{band.first} to m{band.last}"
     rows: list[Mapping[str, Any]] = [
