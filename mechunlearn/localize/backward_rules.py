@@ -1,17 +1,21 @@
 """Other local derivatives for the backward pass; the forward pass is unchanged to the last bit."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mechunlearn.models import Model, NotSupported, mlp, mlp_neurons
 
+Rule = Literal["norms", "activations"]
+"""A local derivative that is replaced; without any, gradients are plain."""
+RULES: tuple[Rule, ...] = ("norms", "activations")
+
 
 @contextmanager
-def relevance_rules(model: Model, *, norms: bool = True, activations: bool = True) -> Iterator[None]:
+def relevance_rules(model: Model, rules: Sequence[Rule] = RULES) -> Iterator[None]:
     """Inside, gradients follow the rules of layer-wise relevance propagation.
 
     norms: every LayerNorm and RMSNorm divides by a scale that counts as a constant. activations: the nonlinearity of
@@ -25,11 +29,11 @@ def relevance_rules(model: Model, *, norms: bool = True, activations: bool = Tru
     Source: Jafari et al. 2025 (RelP), arXiv:2508.21258; Ali et al. 2022, arXiv:2202.07304.
     """
     with ExitStack() as stack:
-        if norms:
+        if "norms" in rules:
             for module in model.hf.modules():
                 if "Norm" in type(module).__name__:
                     stack.callback(module.register_forward_hook(_norm_rule(module)).remove)
-        if activations:
+        if "activations" in rules:
             for layer in range(model.n_layers):
                 stack.callback(_nonlinearity(model, layer).register_forward_hook(_ratio_rule).remove)
                 if len(model.architecture.mlp_in) == 2:

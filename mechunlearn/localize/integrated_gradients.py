@@ -12,6 +12,7 @@ from mechunlearn.activations import Change, Place, exact, hooked, last_logits
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.facts import Fact
 from mechunlearn.localize import LOCALIZERS
+from mechunlearn.localize.backward_rules import Rule, relevance_rules
 from mechunlearn.localize.first_order import (
     BatchScores,
     FirstOrderKind,
@@ -35,6 +36,7 @@ def integrated_gradients(
     *,
     over: Over = "inputs",
     steps: Annotated[int, Field(ge=1)] = 5,
+    rules: tuple[Rule, ...] = (),
     kinds: tuple[FirstOrderKind, ...] = ("mlp", "attention"),
     pairs_per_fact: Annotated[int, Field(ge=1)] = 1,
     donors: Donors = "other_answer",
@@ -56,9 +58,12 @@ def integrated_gradients(
 
     Args:
         steps: 5 are enough to rank, 20 to report.
+        rules: local derivatives that are replaced as in `relevance_patching`, at every point; without any, gradients
+            are plain. With some, scores over activations no longer approach the exact effect.
 
     Raises:
         ValueError: no facts, no kinds, or a fact that cannot be paired.
+        NotSupported: a norm or an MLP that the rules do not cover.
 
     Differs from the source: midpoint instead of left-hand points, which err to first order in 1 / steps; tokens without
         a partner in the other prompt stay as they are in the corrupt run.
@@ -69,7 +74,7 @@ def integrated_gradients(
         model, facts, lambda batch, components: scores(model, batch, components, steps),
         method="integrated_gradients", kinds=kinds, pairs_per_fact=pairs_per_fact, donors=donors, batch_size=batch_size,
         seed=seed,
-        options={"over": over, "steps": steps},
+        rule=relevance_rules(model, rules), options={"over": over, "steps": steps, "rules": list(rules)},
     )  # fmt: skip
 
 
