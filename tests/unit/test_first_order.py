@@ -22,7 +22,7 @@ from mechunlearn.localize.integrated_gradients import (
 from mechunlearn.localize.pairs import build_pairs, fact_means, to_batch
 from mechunlearn.localize.relevance_patching import relevance_patching
 from mechunlearn.localize.streamed import streamed_scores
-from mechunlearn.models import Model, NotSupported, all_components, mlp
+from mechunlearn.models import Model, NotSupported, all_components, mlp, stream_norms
 
 KINDS = ("mlp", "attention", "head", "neuron")
 
@@ -255,6 +255,32 @@ def test_a_norm_that_is_none_is_refused(tiny_model, facts) -> None:
     with pytest.raises(NotSupported, match="OddNorm"), untouched(model), relevance_rules(model):
         last_logits(model, batch.clean)
     assert not model.hf.model.norm._forward_hooks
+
+
+@pytest.mark.parametrize("path", ["model.layers.1.post_attention_layernorm", "model.norm"])
+def test_a_norm_by_another_name_is_refused_and_not_passed_over(tiny_model, path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.norm = norm.forward
+
+        def forward(self, x):
+            return self.norm(x)
+
+    model = tiny_model("llama")
+    model.hf.set_submodule(path, Scaled(model.hf.get_submodule(path)))
+    with pytest.raises(NotSupported, match=f"{path} is a Scaled") as error, relevance_rules(model):
+        pass
+    assert "\n" not in str(error.value)
+    with relevance_rules(model, ("activations",)):
+        pass
+    assert not any(module._forward_hooks for module in model.hf.modules())
+
+
+def test_the_norms_of_every_architecture_are_known(any_model: Model) -> None:
+    blocks = 4 if any_model.architecture.name.startswith("gemma") else 2
+    assert len(stream_norms(any_model)) == blocks * any_model.n_layers + 1
+    assert all("Norm" in type(module).__name__ for module in stream_norms(any_model).values())
 
 
 # --- AtP* ---
