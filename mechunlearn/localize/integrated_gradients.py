@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
@@ -17,8 +16,10 @@ from mechunlearn.localize.first_order import (
     BatchScores,
     FirstOrderKind,
     assemble,
+    between,
     by_role,
     difference,
+    midpoints,
     places_of,
     run,
     score_pairs,
@@ -118,17 +119,3 @@ def over_activations(model: Model, batch: PairBatch, components: Sequence[Compon
             total += exact(batch.take(gradient, batch.corrupt_positions)) / steps
         effects[place] = by_role(model, batch, place, total * moved)
     return assemble(components, effects), clean.metric, corrupt.metric
-
-
-def midpoints(steps: int) -> list[float]:
-    """The middles of equal parts of [0, 1]."""
-    return [(j + 0.5) / steps for j in range(steps)]
-
-
-def between(batch: PairBatch, clean: Tensor, corrupt: Tensor, share: float) -> Float[Tensor, "batch corrupt_pos width"]:
-    """The corrupt run's activation, moved so far towards the clean run's at the tokens both prompts have."""
-    row, place = batch.roles.any(dim=2).nonzero(as_tuple=True)
-    here, there = batch.corrupt_positions[row, place], batch.clean_positions[row, place]
-    point = corrupt.clone()
-    point[row, here] = torch.lerp(corrupt[row, here], clean[row, there], share)
-    return point

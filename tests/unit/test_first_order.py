@@ -11,14 +11,8 @@ from mechunlearn.localize.atp_star import _scores as atp_star_scores
 from mechunlearn.localize.attention_record import Attended, head_effects, recorded_attention
 from mechunlearn.localize.attribution_patching import attribution_patching
 from mechunlearn.localize.backward_rules import RULES, relevance_rules
-from mechunlearn.localize.first_order import by_role, difference, first_order_scores, run
-from mechunlearn.localize.integrated_gradients import (
-    between,
-    integrated_gradients,
-    midpoints,
-    over_activations,
-    over_inputs,
-)
+from mechunlearn.localize.first_order import between, by_role, difference, first_order_scores, midpoints, run
+from mechunlearn.localize.integrated_gradients import integrated_gradients, over_activations, over_inputs
 from mechunlearn.localize.pairs import build_pairs, fact_means, to_batch
 from mechunlearn.localize.relevance_patching import relevance_patching
 from mechunlearn.localize.streamed import streamed_scores
