@@ -50,6 +50,13 @@ class Architecture:
         """Paths of the attention's matrices, each once."""
         return tuple(dict.fromkeys((self.query, self.key, self.value, self.output)))
 
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Paths of a block's norms: those that read the stream, and those that write to it where there are such."""
+        after = (self.mlp_write,) if self.mlp_write != self.mlp else ()
+        after += (self.attention_write,) if self.attention_write != self.attention else ()
+        return (self.attention_norm, self.mlp_norm, *after)
+
 
 def _llama_like(name: str, *, post_norms: bool = False) -> Architecture:
     return Architecture(

@@ -1,4 +1,4 @@
-"""The command line: one command a verb, plus run, plan, list, organism, bench. Heavy imports happen in commands."""
+"""The command line: one command a verb, plus edges, run, plan, list, organism, bench. Heavy imports are in commands."""
 
 import contextlib
 import sys
@@ -115,6 +115,33 @@ def localize(
     for line in describe_checks(scores):
         console.print(line)
     console.print(f"scores: {escape(str(out / 'scores.safetensors'))}")
+
+
+@app.command()
+def edges(
+    out: OutOption,
+    model: ModelOption = "atlas",
+    facts: FactsOption = "people-256",
+    forgotten: ForgottenOption = None,
+    steps: Annotated[
+        int, typer.Option("--steps", help="Points between the two runs whose gradients are averaged (EAP-IG).")
+    ] = 0,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option("--rule", help="Backward rule of relevance patching: norms or activations. Repeatable."),
+    ] = None,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    set_: SetOption = None,
+) -> None:
+    """Score what each head and MLP passes on to each later one; writes edges.csv and circuit.html."""
+    from mechunlearn import stages
+
+    options = {"steps": steps, "rules": rule or [], **_pairs(set_)}
+    found = stages.edges(model, stages.chosen(facts, forgotten), options, device=device, out=out)
+    frame = found.to_frame()
+    _print_frame(frame.head(10), title=f"edges, largest {min(10, len(frame))} of {len(frame)}")
+    console.print(escape(found.sign))
+    console.print(f"edges and circuit: {escape(str(out))}", soft_wrap=True)
 
 
 @app.command()

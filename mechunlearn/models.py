@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Model", "NotSupported", "all_components", "attention", "attention_write", "block", "component_parameters",
     "embedding", "final_norm", "first_output", "has_parallel_blocks", "head_input", "is_transposed", "mlp",
-    "mlp_neurons", "mlp_write", "n_parts", "oriented", "projection", "projection_columns", "unembedding",
-    "weight_matrices", "with_first_output", "wrap_model",
+    "mlp_neurons", "mlp_write", "n_parts", "oriented", "projection", "projection_columns", "stream_norms",
+    "unembedding", "weight_matrices", "with_first_output", "wrap_model",
 ]  # fmt: skip
 
 
@@ -215,6 +215,13 @@ def embedding(model: Model) -> nn.Module:
 def final_norm(model: Model) -> nn.Module:
     """The norm before the unembedding."""
     return model.hf.get_submodule(model.architecture.final_norm)
+
+
+def stream_norms(model: Model) -> dict[str, nn.Module]:
+    """Every norm that stands at the residual stream, by its path: those of the blocks and the final one."""
+    architecture = model.architecture
+    paths = [f"{architecture.blocks}.{layer}.{norm}" for layer in range(model.n_layers) for norm in architecture.norms]
+    return {path: model.hf.get_submodule(path) for path in (*paths, architecture.final_norm)}
 
 
 def unembedding(model: Model) -> nn.Module:

@@ -34,6 +34,7 @@ from mechunlearn.evaluate import evaluate, take_baseline
 from mechunlearn.experiment import Stage, prepare, process_pool
 from mechunlearn.experiment import localize as run_localizer
 from mechunlearn.localize import LOCALIZERS
+from mechunlearn.localize.edges import EdgeScores, edge_attribution_patching
 from mechunlearn.masks import mask_of, select_components
 from mechunlearn.organisms.bundle import ORGANISMS, ORIGINAL, TWIN, train_organism
 from mechunlearn.organisms.card import read_card, write_card
@@ -44,6 +45,7 @@ from mechunlearn.organisms.sweep import sweep as train_and_check
 from mechunlearn.registry import Method, Registry, did_you_mean
 from mechunlearn.report.bench import bench_figure
 from mechunlearn.report.check import check_figure, sweep_figure, training_figure
+from mechunlearn.report.circuits import circuit
 from mechunlearn.report.planted import planted_figure
 from mechunlearn.runs import replaceable, whole_folder
 from mechunlearn.settings import DECIDING_ATTACKS, Settings, check_settings, preset_names, run_settings
@@ -101,6 +103,25 @@ def localize(
         scores.save(folder / "scores.safetensors")
         scores.to_frame().to_csv(folder / "scores.csv", index=False)
     return scores
+
+
+def edges(model: str, facts: Mapping[str, str], options: Mapping[str, Any], *, device: str, out: Path) -> EdgeScores:
+    """Score the edges between components; writes edges.csv and circuit.html, the strongest of them, into `out`.
+
+    The circuit shows those on a path from the embedding to the answer, or all of the strongest where none is on one.
+    """
+    replaceable(out)
+    checked = Method(name="edges", kind="stage", function=edge_attribution_patching, source="").validate(options)
+    stage = _stage(model, facts, device=device)
+    found = edge_attribution_patching(stage.model, stage.split.forget, **checked)
+    try:
+        drawn = circuit(found)
+    except ValueError:
+        drawn = circuit(found, paths_only=False)
+    with whole_folder(out) as folder:
+        found.to_frame().to_csv(folder / "edges.csv", index=False)
+        drawn.write_html(folder / "circuit.html")
+    return found
 
 
 def edit(

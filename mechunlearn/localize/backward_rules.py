@@ -1,40 +1,56 @@
 """Other local derivatives for the backward pass; the forward pass is unchanged to the last bit."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mechunlearn.models import Model, NotSupported, mlp, mlp_neurons
+from mechunlearn.models import Model, NotSupported, mlp, mlp_neurons, stream_norms
+
+Rule = Literal["norms", "activations"]
+"""A local derivative that is replaced; without any, gradients are plain."""
+RULES: tuple[Rule, ...] = ("norms", "activations")
 
 
 @contextmanager
-def relevance_rules(model: Model, *, norms: bool = True, activations: bool = True) -> Iterator[None]:
+def relevance_rules(model: Model, rules: Sequence[Rule] = RULES) -> Iterator[None]:
     """Inside, gradients follow the rules of layer-wise relevance propagation.
 
-    norms: every LayerNorm and RMSNorm divides by a scale that counts as a constant. activations: the nonlinearity of
+    norms: every LayerNorm and RMSNorm, known by "Norm" in its class's name, divides by a scale that counts as a
+    constant. activations: the nonlinearity of
     an MLP counts as multiplication by its own ratio act(x) / x (0 at x = 0), and where the MLP is gated, each factor
     of gate * up receives half of the gradient.
 
     Raises:
-        NotSupported: a norm that computes something else, found when it runs, or an MLP without a nonlinearity that
-            we know; never does one stay silently as it was.
+        NotSupported: a norm at the residual stream by another name, one that computes something else, found when it
+            runs, or an MLP without a nonlinearity that we know; never does one stay silently as it was.
 
     Source: Jafari et al. 2025 (RelP), arXiv:2508.21258; Ali et al. 2022, arXiv:2202.07304.
     """
     with ExitStack() as stack:
-        if norms:
-            for module in model.hf.modules():
-                if "Norm" in type(module).__name__:
-                    stack.callback(module.register_forward_hook(_norm_rule(module)).remove)
-        if activations:
+        if "norms" in rules:
+            for module in _norms(model):
+                stack.callback(module.register_forward_hook(_norm_rule(module)).remove)
+        if "activations" in rules:
             for layer in range(model.n_layers):
                 stack.callback(_nonlinearity(model, layer).register_forward_hook(_ratio_rule).remove)
                 if len(model.architecture.mlp_in) == 2:
                     stack.callback(mlp_neurons(model, layer).register_forward_pre_hook(_half_rule).remove)
         yield
+
+
+def _norms(model: Model) -> list[nn.Module]:
+    """Every norm, wherever it stands (Qwen3 norms queries and keys, too); those at the stream must be among them."""
+    found = [module for module in model.hf.modules() if "Norm" in type(module).__name__]
+    for path, module in stream_norms(model).items():
+        if module not in found:
+            raise NotSupported(
+                f"relevance rules: {path} is a {type(module).__name__}, by its name no LayerNorm or RMSNorm; use the "
+                "gradient rule for this model"
+            )
+    return found
 
 
 def _with_slope(output: Tensor, moving: Tensor) -> Tensor:

@@ -165,3 +165,17 @@ def run(
     activations = {place: value.detach() for place, value in seen.items()}
     gradients = dict(zip(places, found, strict=True)) if gradient else {}
     return Run(activations=activations, gradients=gradients, metric=metric.detach())
+
+
+def midpoints(steps: int) -> list[float]:
+    """The middles of equal parts of [0, 1]."""
+    return [(j + 0.5) / steps for j in range(steps)]
+
+
+def between(batch: PairBatch, clean: Tensor, corrupt: Tensor, share: float) -> Float[Tensor, "batch corrupt_pos width"]:
+    """The corrupt run's activation, moved so far towards the clean run's at the tokens both prompts have."""
+    row, place = batch.roles.any(dim=2).nonzero(as_tuple=True)
+    here, there = batch.corrupt_positions[row, place], batch.clean_positions[row, place]
+    point = corrupt.clone()
+    point[row, here] = torch.lerp(corrupt[row, here], clean[row, there], share)
+    return point

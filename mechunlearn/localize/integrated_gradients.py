@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
@@ -12,12 +11,15 @@ from mechunlearn.activations import Change, Place, exact, hooked, last_logits
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.facts import Fact
 from mechunlearn.localize import LOCALIZERS
+from mechunlearn.localize.backward_rules import Rule, relevance_rules
 from mechunlearn.localize.first_order import (
     BatchScores,
     FirstOrderKind,
     assemble,
+    between,
     by_role,
     difference,
+    midpoints,
     places_of,
     run,
     score_pairs,
@@ -35,6 +37,7 @@ def integrated_gradients(
     *,
     over: Over = "inputs",
     steps: Annotated[int, Field(ge=1)] = 5,
+    rules: tuple[Rule, ...] = (),
     kinds: tuple[FirstOrderKind, ...] = ("mlp", "attention"),
     pairs_per_fact: Annotated[int, Field(ge=1)] = 1,
     donors: Donors = "other_answer",
@@ -56,9 +59,12 @@ def integrated_gradients(
 
     Args:
         steps: 5 are enough to rank, 20 to report.
+        rules: local derivatives that are replaced as in `relevance_patching`, at every point; without any, gradients
+            are plain. With some, scores over activations no longer approach the exact effect.
 
     Raises:
         ValueError: no facts, no kinds, or a fact that cannot be paired.
+        NotSupported: a norm or an MLP that the rules do not cover.
 
     Differs from the source: midpoint instead of left-hand points, which err to first order in 1 / steps; tokens without
         a partner in the other prompt stay as they are in the corrupt run.
@@ -69,7 +75,7 @@ def integrated_gradients(
         model, facts, lambda batch, components: scores(model, batch, components, steps),
         method="integrated_gradients", kinds=kinds, pairs_per_fact=pairs_per_fact, donors=donors, batch_size=batch_size,
         seed=seed,
-        options={"over": over, "steps": steps},
+        rule=relevance_rules(model, rules), options={"over": over, "steps": steps, "rules": list(rules)},
     )  # fmt: skip
 
 
@@ -113,17 +119,3 @@ def over_activations(model: Model, batch: PairBatch, components: Sequence[Compon
             total += exact(batch.take(gradient, batch.corrupt_positions)) / steps
         effects[place] = by_role(model, batch, place, total * moved)
     return assemble(components, effects), clean.metric, corrupt.metric
-
-
-def midpoints(steps: int) -> list[float]:
-    """The middles of equal parts of [0, 1]."""
-    return [(j + 0.5) / steps for j in range(steps)]
-
-
-def between(batch: PairBatch, clean: Tensor, corrupt: Tensor, share: float) -> Float[Tensor, "batch corrupt_pos width"]:
-    """The corrupt run's activation, moved so far towards the clean run's at the tokens both prompts have."""
-    row, place = batch.roles.any(dim=2).nonzero(as_tuple=True)
-    here, there = batch.corrupt_positions[row, place], batch.clean_positions[row, place]
-    point = corrupt.clone()
-    point[row, here] = torch.lerp(corrupt[row, here], clean[row, there], share)
-    return point

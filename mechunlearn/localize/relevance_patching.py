@@ -1,16 +1,17 @@
 """Relevance patching: attribution patching with the gradient of layer-wise relevance propagation."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from mechunlearn.components import ComponentScores
 from mechunlearn.facts import Fact
 from mechunlearn.localize import LOCALIZERS
-from mechunlearn.localize.backward_rules import relevance_rules
+from mechunlearn.localize.backward_rules import RULES, Rule, relevance_rules
 from mechunlearn.localize.first_order import FirstOrderKind, Form, first_order_scores, score_pairs
 from mechunlearn.localize.pairs import Donors
+from mechunlearn.localize.streamed import streamed_scores
 from mechunlearn.models import Model
 
 
@@ -19,9 +20,10 @@ def relevance_patching(
     model: Model,
     facts: Sequence[Fact],
     *,
-    rules: tuple[Literal["norms", "activations"], ...] = ("norms", "activations"),
+    rules: tuple[Rule, ...] = RULES,
     form: Form = "denoise",
     kinds: tuple[FirstOrderKind, ...] = ("mlp", "attention"),
+    streamed: bool = False,
     pairs_per_fact: Annotated[int, Field(ge=1)] = 1,
     donors: Donors = "other_answer",
     batch_size: Annotated[int, Field(ge=1)] = 32,
@@ -36,6 +38,7 @@ def relevance_patching(
 
     Args:
         rules: which local derivatives are replaced; norms alone is the "norm-frozen" variant.
+        streamed: hold one block's graph at a time, for models that fit no other way; see `streamed.streamed_scores`.
 
     Raises:
         ValueError: no facts, no kinds, or a fact that cannot be paired.
@@ -45,10 +48,10 @@ def relevance_patching(
         queries and keys among them; attention patterns keep their gradient.
     Source: Jafari et al. 2025, arXiv:2508.21258, section 3.
     """
-    chosen = relevance_rules(model, norms="norms" in rules, activations="activations" in rules)
+    scores = streamed_scores if streamed else first_order_scores
     return score_pairs(
-        model, facts, lambda batch, components: first_order_scores(model, batch, components, form),
+        model, facts, lambda batch, components: scores(model, batch, components, form),
         method="relevance_patching", kinds=kinds, pairs_per_fact=pairs_per_fact, donors=donors, batch_size=batch_size,
         seed=seed,
-        rule=chosen, options={"rules": list(rules), "form": form},
+        rule=relevance_rules(model, rules), options={"rules": list(rules), "form": form, "streamed": streamed},
     )  # fmt: skip

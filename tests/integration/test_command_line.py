@@ -20,6 +20,9 @@ BROKEN = {
     "no attacks": ["run", "demo", "--set", "attack={}"],
     "results below a file": ["localize", "--out", sys.executable + "/below"],
     "unknown localizer": ["localize", "--out", "out", "--method", "attribution_patch"],
+    "edges by a rule there is none of": ["edges", "--out", "out", "--rule", "norm"],
+    "edges with an option there is none of": ["edges", "--out", "out", "--set", "form='noise'"],
+    "edges of no model": ["edges", "--out", "out", "--model", "./gone"],
     "unknown forget set or data": ["attack", "--out", "out", "--facts", "peeple-256"],
     "misspelt override": ["run", "demo", "--set", "sead=3"],
     "more facts than there are": ["run", "demo", "--set", "facts.forget=''", "--set", "facts.n=99999"],
@@ -149,6 +152,30 @@ def test_ones_own_facts_are_localized_edited_and_attacked(tmp_path):
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "edited" / "checkpoint" / "model.safetensors").is_file()
     assert "hidden facts" in result.stdout
+
+
+def test_edges_are_scored_printed_and_drawn(tmp_path):
+    facts = load_bundled("sports").facts[:40]
+    rows = [(f.subject, f.relation, f.prompt, f.target_true) for f in facts]
+    table = pd.DataFrame(rows, columns=["subject", "relation", "prompt", "target_true"])
+    table.to_csv(tmp_path / "mine.csv", index=False)
+    table.head(12).to_csv(tmp_path / "gone.csv", index=False)
+    common = ["edges", "--model", "atlas", "--facts", "mine.csv", "--forgotten", "gone.csv"]
+    values = []
+    for given in ([], ["--steps", "2", "--rule", "norms"]):
+        result = _run([*common, *given, "--out", "circuit"], tmp_path)
+        assert result.returncode == 0, result.stderr
+        edges = pd.read_csv(tmp_path / "circuit" / "edges.csv")
+        assert edges["value"].abs().is_monotonic_decreasing
+        assert f"largest 10 of {len(edges)}" in result.stdout
+        printed = [line.split() for line in result.stdout.splitlines()]
+        assert [edges["writer"][0], edges["reader"][0]] in [words[1:4:2] for words in printed]
+        assert "Circuit: the strongest edges" in (tmp_path / "circuit" / "circuit.html").read_text(encoding="utf-8")
+        values.append(edges.set_index(["writer", "reader"])["value"])
+    assert not values[0].eq(values[1]).all()
+    for wrong in (["--rule", "norm"], ["--steps=-1"], ["--set", "batch_size=0"]):
+        _says_one_line(_run([*common, *wrong, "--out", "other"], tmp_path), tmp_path, "edges: option", "allowed")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["circuit", "gone.csv", "mine.csv"]
 
 
 def test_any_model_can_be_checked_on_ones_own_facts(tiny_model, tiny_facts, tmp_path):

@@ -1,17 +1,23 @@
 """Edges: they sum to nodes, and each is the derivative along its own path."""
 
+import numpy as np
 import pytest
 import torch
 
 from mechunlearn.activations import last_logits, untouched
 from mechunlearn.components import Component
+from mechunlearn.localize.backward_rules import RULES, relevance_rules
 from mechunlearn.localize.edges import _heads, edge_attribution_patching, edge_scores
 from mechunlearn.localize.first_order import by_role, difference, first_order_scores, run
+from mechunlearn.localize.integrated_gradients import integrated_gradients, over_inputs
 from mechunlearn.localize.pairs import build_pairs, to_batch
+from mechunlearn.localize.relevance_patching import relevance_patching
 from mechunlearn.models import Model, NotSupported, all_components, block
 
 
-def test_a_writers_edges_sum_to_its_own_score(any_model: Model, tiny_facts) -> None:
+@pytest.mark.parametrize(("steps", "rules"), [(0, ()), (3, ()), (0, RULES), (2, ("norms",))])
+def test_a_writers_edges_sum_to_its_own_score(any_model: Model, tiny_facts, steps, rules) -> None:
+    """By attribution patching, integrated gradients over inputs or relevance patching."""
     any_model.hf.double()
     batch = to_batch(any_model, build_pairs(any_model, tiny_facts.facts[:6]))
     if any_model.architecture.attention_write != any_model.architecture.attention:
@@ -19,16 +25,42 @@ def test_a_writers_edges_sum_to_its_own_score(any_model: Model, tiny_facts) -> N
             edge_attribution_patching(any_model, tiny_facts.facts[:2])
         return
     components = all_components(any_model, ("head", "mlp"))
-    with untouched(any_model):
-        edges = edge_scores(any_model, batch).sum(2)
-        nodes, *_ = first_order_scores(any_model, batch, components, "denoise")
+    with untouched(any_model), relevance_rules(any_model, rules):
+        edges = edge_scores(any_model, batch, steps).sum(2)
+        nodes, *_ = (
+            over_inputs(any_model, batch, components, steps)
+            if steps
+            else first_order_scores(any_model, batch, components, "denoise")
+        )
+        torch.testing.assert_close(edges[:, 1:], nodes.sum(2))
+        if steps:
+            return
         start = ("stream", 0)
         clean = run(any_model, batch, batch.clean, [start], gradient=False).activations[start]
         corrupt = run(any_model, batch, batch.corrupt, [start], gradient=True)
         gradient = batch.take(corrupt.gradients[start], batch.corrupt_positions)
         moved = difference(batch, clean, corrupt.activations[start])
         embed = by_role(any_model, batch, start, moved * gradient).sum(2)
-    torch.testing.assert_close(edges, torch.cat([embed, nodes.sum(2)], dim=1))
+    torch.testing.assert_close(edges[:, :1], embed)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_edges_of_a_writer_are_its_score_by_the_localizer_of_these_options(
+    tiny_model, tiny_facts, architecture
+) -> None:
+    model, facts, kinds = tiny_model(architecture), tiny_facts.facts[:6], ("head", "mlp")
+    model.hf.double()
+    for given, localizer in (
+        ({"steps": 3}, integrated_gradients), ({"steps": 2, "rules": RULES}, integrated_gradients),
+        ({"rules": RULES}, relevance_patching),
+    ):  # fmt: skip
+        edges = edge_attribution_patching(model, facts, **given)
+        nodes = localizer(model, facts, kinds=kinds, **given)
+        assert edges.writers[1:] == tuple(map(str, nodes.components))
+        np.testing.assert_allclose(edges.per_fact.sum(2)[:, 1:], nodes.per_fact.sum(2), rtol=1e-4, atol=1e-6)
+        assert edges.options.items() >= {name: list(v) if name == "rules" else v for name, v in given.items()}.items()
+    with pytest.raises(ValueError, match="got -1, allowed: 0 and up"):
+        edge_attribution_patching(model, facts, steps=-1)
 
 
 def test_an_edge_is_what_a_small_step_of_the_writer_changes_through_that_reader_alone(tiny_model, tiny_facts) -> None:

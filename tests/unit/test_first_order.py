@@ -1,5 +1,6 @@
 """First-order scores: streaming, neurons, integrated gradients, relevance rules, AtP*."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,12 +9,14 @@ from mechunlearn.activations import hooked, last_logits, untouched
 from mechunlearn.components import Component
 from mechunlearn.localize.atp_star import _scores as atp_star_scores
 from mechunlearn.localize.attention_record import Attended, head_effects, recorded_attention
-from mechunlearn.localize.backward_rules import relevance_rules
-from mechunlearn.localize.first_order import by_role, difference, first_order_scores, run
-from mechunlearn.localize.integrated_gradients import between, midpoints, over_activations, over_inputs
-from mechunlearn.localize.pairs import build_pairs, to_batch
+from mechunlearn.localize.attribution_patching import attribution_patching
+from mechunlearn.localize.backward_rules import RULES, relevance_rules
+from mechunlearn.localize.first_order import between, by_role, difference, first_order_scores, midpoints, run
+from mechunlearn.localize.integrated_gradients import integrated_gradients, over_activations, over_inputs
+from mechunlearn.localize.pairs import build_pairs, fact_means, to_batch
+from mechunlearn.localize.relevance_patching import relevance_patching
 from mechunlearn.localize.streamed import streamed_scores
-from mechunlearn.models import Model, NotSupported, all_components, mlp
+from mechunlearn.models import Model, NotSupported, all_components, mlp, stream_norms
 
 KINDS = ("mlp", "attention", "head", "neuron")
 
@@ -40,10 +43,12 @@ def double(tiny_model):
 # --- one block at a time ---
 
 
-@pytest.mark.parametrize("form", ["denoise", "noise", "both"])
-def test_streamed_scores_are_the_same(any_model: Model, facts, form) -> None:
+@pytest.mark.parametrize(
+    ("form", "rules"), [("denoise", ()), ("noise", ()), ("both", ()), ("denoise", RULES), ("both", RULES)]
+)
+def test_streamed_scores_are_the_same(any_model: Model, facts, form, rules) -> None:
     batch, components = a_batch(any_model, facts), all_components(any_model, KINDS)
-    with untouched(any_model):
+    with untouched(any_model), relevance_rules(any_model, rules):
         plain = first_order_scores(any_model, batch, components, form)
         streamed = streamed_scores(any_model, batch, components, form)
     for expected, found in zip(plain, streamed, strict=True):
@@ -181,6 +186,54 @@ def test_without_the_rules_that_law_does_not_hold(tiny_model) -> None:
     assert not torch.allclose((gradient * x).sum(-1), output.sum(-1), atol=1e-2)
 
 
+def test_relevance_patching_streams_and_without_rules_is_attribution_patching(double, facts) -> None:
+    plain, streamed = (relevance_patching(double, facts, streamed=streamed) for streamed in (False, True))
+    np.testing.assert_allclose(streamed.per_fact, plain.per_fact, rtol=1e-9, atol=1e-9)
+    assert streamed.options["streamed"]
+    without = relevance_patching(double, facts, rules=()).per_fact
+    assert np.array_equal(without, attribution_patching(double, facts).per_fact)
+    assert not np.allclose(without, plain.per_fact)
+
+
+@pytest.mark.parametrize("over", ["inputs", "activations"])
+def test_integrated_gradients_without_rules_are_plain_and_with_some_follow_them(double, facts, over) -> None:
+    batch, components = a_batch(double, facts), all_components(double)
+    scores = over_inputs if over == "inputs" else over_activations
+
+    def by_hand():
+        with untouched(double):
+            return fact_means(len(facts), [(batch, scores(double, batch, components, 3)[0])])
+
+    found = integrated_gradients(double, facts, over=over, steps=3)
+    assert np.array_equal(found.per_fact, by_hand())
+    with relevance_rules(double, ("norms",)):
+        expected = by_hand()
+    found = integrated_gradients(double, facts, over=over, steps=3, rules=("norms",))
+    assert np.array_equal(found.per_fact, expected)
+    assert found.options["rules"] == ["norms"]
+
+
+def test_one_step_under_the_rules_is_their_gradient_halfway_between_the_runs(double, facts) -> None:
+    batch, places = a_batch(double, facts, same_length=True), [("mlp", 1), ("attention", 2)]
+    of_pairs = [facts[pair.fact] for pair in batch.pairs]
+    found = integrated_gradients(double, facts, steps=1, rules=RULES, batch_size=len(facts))
+    embed = double.hf.get_input_embeddings()
+    ends = [embed(tokens.ids).detach() for tokens in (batch.clean, batch.corrupt)]
+    half = ((ends[0] + ends[1]) / 2).requires_grad_()
+    start = {"record": places, "change_embedding": lambda _: half}
+    with untouched(double), relevance_rules(double), hooked(double, **start) as seen:
+        metric = batch.logit_diff(last_logits(double, batch.corrupt))
+        gradients = torch.autograd.grad(metric.sum(), [seen[place] for place in places])
+    for place, gradient in zip(places, gradients, strict=True):
+        with untouched(double), torch.no_grad():
+            moved = [run(double, batch, tokens, [place], gradient=False).activations[place]
+                     for tokens in (batch.clean, batch.corrupt)]  # fmt: skip
+        expected = ((moved[0] - moved[1]) * gradient).sum((1, 2))
+        row = found.components.index(Component(*place))
+        scores = found.per_fact[[facts.index(fact) for fact in of_pairs], row].sum(axis=1)
+        np.testing.assert_allclose(scores, expected.numpy(), rtol=1e-9, atol=1e-9)
+
+
 def test_a_norm_that_is_none_is_refused(tiny_model, facts) -> None:
     class OddNorm(nn.Module):
         def __init__(self, weight):
@@ -196,6 +249,32 @@ def test_a_norm_that_is_none_is_refused(tiny_model, facts) -> None:
     with pytest.raises(NotSupported, match="OddNorm"), untouched(model), relevance_rules(model):
         last_logits(model, batch.clean)
     assert not model.hf.model.norm._forward_hooks
+
+
+@pytest.mark.parametrize("path", ["model.layers.1.post_attention_layernorm", "model.norm"])
+def test_a_norm_by_another_name_is_refused_and_not_passed_over(tiny_model, path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.norm = norm.forward
+
+        def forward(self, x):
+            return self.norm(x)
+
+    model = tiny_model("llama")
+    model.hf.set_submodule(path, Scaled(model.hf.get_submodule(path)))
+    with pytest.raises(NotSupported, match=f"{path} is a Scaled") as error, relevance_rules(model):
+        pass
+    assert "\n" not in str(error.value)
+    with relevance_rules(model, ("activations",)):
+        pass
+    assert not any(module._forward_hooks for module in model.hf.modules())
+
+
+def test_the_norms_of_every_architecture_are_known(any_model: Model) -> None:
+    blocks = 4 if any_model.architecture.name.startswith("gemma") else 2
+    assert len(stream_norms(any_model)) == blocks * any_model.n_layers + 1
+    assert all("Norm" in type(module).__name__ for module in stream_norms(any_model).values())
 
 
 # --- AtP* ---

@@ -1,5 +1,6 @@
-"""Pairs with the same answer: what they are, and that what is scored on them is nothing."""
+"""Pairs with the same answer, and answers dealt anew: what they are, and that what is scored on them is nothing."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -7,10 +8,16 @@ import pytest
 import torch
 
 from mechunlearn.activations import untouched
+from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.attribution_patching import attribution_patching, first_order_scores
 from mechunlearn.localize.pairs import PairBatch, build_pairs, to_batch
-from mechunlearn.localize.shuffled_pairs import shuffled_pairs
+from mechunlearn.localize.shuffled_pairs import dealt_answers, shuffled_pairs
 from mechunlearn.models import Model, all_components
+
+CONTROLS = ("all_mlps", "nonlocalized", "random_components", "random_mlps", "shuffled_pairs")
+FAST = {
+    "fact_lookup_probe": {"folds": 2, "draws": 1}, "fact_lookup_paths": {"fdr": 1.0}, "learned_mask": {"steps": 5},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +95,83 @@ def test_the_null_of_a_model_that_knows_is_centred_at_zero(knowing: Model, facts
     assert np.abs(null.values).max() < 0.25 * real.values.max()
 
 
-def test_methods_without_pairs_and_settings_of_its_own_are_refused(tiny_model, facts) -> None:
+# --- every score ---
+
+
+@pytest.mark.parametrize("name", [name for name in LOCALIZERS.names() if name not in CONTROLS])
+def test_every_localizer_has_a_null(name, tiny_model, facts, tiny_facts) -> None:
+    model, method = tiny_model(), LOCALIZERS.get(name)
+    data = {"retain": tiny_facts.of("city").facts[:8], "twin": tiny_model(seed=1)}
+    null = shuffled_pairs(model, facts, method=name, options=FAST.get(name), draws=2, **data)
+    assert null.notes["null"] == ("pairs" if "donors" in method.options.model_fields else "answers")
+    assert null.notes["n_left_out"] == 0
+    assert null.per_fact.shape[0] == len(facts)
+    assert np.isfinite(null.values).all()
+    own = method.function(model, facts, **method.validate(FAST.get(name, {})), **method.wanted(**data))
+    assert (own.components, own.roles) == (null.components, null.roles)
+    assert not np.array_equal(own.per_fact, null.per_fact)
+
+
+def test_facts_to_retain_and_a_twin_are_handed_on(tiny_model, facts, tiny_facts) -> None:
+    model, cities = tiny_model(), tiny_facts.of("city").facts
+    given, other = (shuffled_pairs(model, facts, method="retain_contrast", draws=1, retain=r) for r in (None, cities))
+    assert not np.allclose(given.values, other.values)
+    found = shuffled_pairs(model, facts, method="fact_lookup_probe", options={"folds": 2}, draws=1, twin=model)
+    assert found.notes["first_draw"]["twin"] == model.name
+
+
+def test_dealt_answers_are_those_of_the_relation_and_nobodys_own(tiny_facts) -> None:
+    facts = tiny_facts.facts[:60]
+    seen = set()
+    for seed in range(20):
+        dealt = dealt_answers(facts, seed)
+        assert {fact.key: other for fact, other in zip(facts, dealt, strict=True)} == {
+            fact.key: other for fact, other in zip(facts[::-1], dealt_answers(facts[::-1], seed), strict=True)
+        }
+        for relation in ("colour", "city"):
+            before, after = ([f.target_true for f in some if f.relation == relation] for some in (facts, dealt))
+            assert Counter(before) == Counter(after)
+        assert not any(a.target_true == b.target_true for a, b in zip(facts, dealt, strict=True))
+        assert [replace(b, target_true=a.target_true) for a, b in zip(facts, dealt, strict=True)] == list(facts)
+        seen.add(dealt[0].target_true)
+    assert seen == set(facts[0].choices) - {facts[0].target_true}
+
+
+def test_no_fact_is_dealt_an_answer_beside_its_choices_or_one_that_its_subject_has(facts) -> None:
+    red, blue = (next(f for f in facts if f.target_true == colour) for colour in ("red", "blue"))
+    choosy = replace(red, subject="Ada", choices=("red", "amber"))
+    both = [replace(red, subject="Bo"), replace(blue, subject="Bo")]
+    edited = replace(blue, subject="Cy", target_new="amber")
+    for seed in range(10):
+        *_, first, second, third, fourth = dealt_answers([*facts, choosy, *both, edited], seed)
+        assert first.target_true == "amber"
+        assert {second.target_true, third.target_true} <= {"green", "amber"}
+        assert fourth.target_new == (None if fourth.target_true == "amber" else "amber")
+
+
+def test_facts_that_cannot_be_dealt_another_answer_are_left_out_and_counted(tiny_model, facts) -> None:
+    model = tiny_model()
+    reds = [fact for fact in facts if fact.target_true == "red"][:5]
+    blues = [fact for fact in facts if fact.target_true == "blue"][:2]
+    alone = replace(facts[0], target_true="Oslo", choices=("Oslo", "red"), relation="city")
+    found = shuffled_pairs(model, [*reds, *blues, alone], method="gradient_norm", draws=2)
+    assert (found.notes["n_left_out"], found.n_facts) == (4, 4)
+    with pytest.raises(ValueError, match="no two of them of one relation whose answers could be exchanged") as error:
+        shuffled_pairs(model, reds, method="gradient_norm")
+    assert "\n" not in str(error.value)
+
+
+def test_a_form_of_patching_without_donors_has_a_null_of_dealt_answers(tiny_model, facts) -> None:
+    model, zero = tiny_model(), {"method": "activation_patching", "options": {"form": "zero"}, "draws": 1}
+    with pytest.raises(ValueError, match="option 'donors'"):
+        shuffled_pairs(model, facts, **zero)
+    assert shuffled_pairs(model, facts, null="answers", **zero).notes["null"] == "answers"
+
+
+def test_controls_and_settings_of_its_own_are_refused(tiny_model, facts) -> None:
     for given, message in (
-        ({"method": "all_mlps"}, "allowed: .*attribution_patching"),
+        *(({"method": name}, "allowed: .*attribution_patching") for name in CONTROLS),
+        ({"method": "fisher", "null": "pairs"}, "allowed: activation_patching, atp_star"),
         ({"options": {"donors": "other_answer"}}, "leave it out"),
         ({"options": {"form": "denoised"}}, "attribution_patching: option 'form'"),
     ):
