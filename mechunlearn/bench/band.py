@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,8 @@ def bench_band(
     while as many before or after it do not. It is found on all the facts.
 
     Args:
-        max_facts: what the localizers get, drawn from the facts if there are more.
+        max_facts: what the localizers get, drawn from the facts if there are more; of the drawn, those whose answer no
+            other has are left out, for a probe could not hold one out.
         retain, twin: for the methods that take them.
 
     Returns:
@@ -45,7 +47,7 @@ def bench_band(
     """
     band = measure_mechanism(model, facts, seed=seed).band
     truth = [Component("mlp", layer) for layer in band.layers]
-    facts = random.Random(seed).sample(facts, min(len(facts), max_facts))
+    facts = _drawn(facts, max_facts, seed)
     exact = resample_ablation(model, facts, seed=seed).at("subject")
     name = f"m{band.first} to m{band.last}"
     rows: list[Mapping[str, Any]] = [
@@ -64,6 +66,14 @@ def bench_band(
             continue
         rows.append(row | _compared(scores, line, truth, exact) | {"seconds": time.monotonic() - started})
     return pd.DataFrame(rows)
+
+
+def _drawn(facts: Sequence[Fact], most: int, seed: int) -> list[Fact]:
+    if len(facts) <= most:
+        return list(facts)
+    drawn = random.Random(seed).sample(facts, most)
+    alike = Counter((fact.relation, fact.target_true) for fact in drawn)
+    return [fact for fact in drawn if alike[fact.relation, fact.target_true] > 1]
 
 
 def _compared(

@@ -33,3 +33,12 @@ def test_rankings_are_held_against_the_band(found, knowing, tiny_facts):
         assert rows.loc[name, "hit@1"] == float(highest[0] in ("m1", "m2"))
         assert rows.loc[name, "recall"] == len({"m1", "m2"} & set(highest[:2])) / 2
         assert -1 <= rows.loc[name, "Spearman with exact"] <= 1
+
+
+def test_the_drawn_facts_share_their_answers(tiny_facts):
+    facts = tiny_facts.facts
+    drawn = band._drawn(facts, len(facts) // 2, 0)
+    answers = [(fact.relation, fact.target_true) for fact in drawn]
+    assert len(set(drawn)) == len(drawn) <= len(facts) // 2
+    assert all(answers.count(answer) > 1 for answer in answers)
+    assert band._drawn(facts, len(facts), 0) == list(facts)
