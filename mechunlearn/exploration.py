@@ -57,12 +57,20 @@ class Exploration:
 
     Scores, maps and means are kept: make a new one after the model's weights were changed.
 
+    Args:
+        retain: facts to keep, for the localizers that contrast with them.
+        twin: a model that never knew the facts, for the localizers that compare with one.
+        seed: of the donors and of what localizers draw.
+
     Raises:
         ValueError: no facts, or a fact that cannot be paired.
     """
 
-    def __init__(self, model: Model, facts: Sequence[Fact], *, seed: int = 0) -> None:
-        self.model, self.facts, self.seed = model, tuple(facts), seed
+    def __init__(
+        self, model: Model, facts: Sequence[Fact], *, retain: Sequence[Fact] | None = None, twin: Model | None = None,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.model, self.facts, self.retain, self.twin, self.seed = model, tuple(facts), retain, twin, seed
         self.pairs = {pair.fact: pair for pair in build_pairs(model, self.facts, seed=seed)}
         self._scores: dict[tuple[str, str | None], ComponentScores] = {}
         self._patching: dict[int, PatchingMap] = {}
@@ -84,6 +92,7 @@ class Exploration:
         if key not in self._scores:
             method = LOCALIZERS.get(localizer)
             options = method.validate({"metric": metric} if metric else {})
+            options |= method.wanted(retain=self.retain, twin=self.twin, seed=self.seed)
             self._scores[key] = method.function(self.model, self.facts, **options)
         return self._scores[key]
 

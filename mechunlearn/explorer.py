@@ -17,6 +17,7 @@ from mechunlearn.localize import LOCALIZERS
 from mechunlearn.models import Model, NotSupported, all_components
 from mechunlearn.report import figures
 from mechunlearn.report.live_figure import LiveFigure
+from mechunlearn.report.theme import label, styled
 
 ALL_TOKENS = ("all tokens", -1)  # None would leave a dropdown empty
 OF_ALL_FACTS = ("all facts", "fact by fact")
@@ -30,17 +31,19 @@ _WRAPS = widgets.Layout(flex_flow="row wrap")
 
 
 def explore(
-    model: Model, facts: Sequence[Fact], *, localizer: str = "attribution_patching", view: str = "this prompt, exact",
-    seed: int = 0,
+    model: Model, facts: Sequence[Fact], *, retain: Sequence[Fact] | None = None, twin: Model | None = None,
+    localizer: str = "attribution_patching", view: str = "this prompt, exact", seed: int = 0,
 ) -> "Explorer":  # fmt: skip
     """Explore facts by hand: the last line of a notebook's cell.
 
     Args:
         facts: all are scored by the localizer that is picked, so take a few dozen for the slow ones; a fact's donor is
             one of them.
+        retain: facts to keep, for the localizers that contrast with them (`forget_retain_contrast` needs some).
+        twin: a model that never knew the facts, for the localizers that compare with one.
         localizer: picked at first.
         view: shown at first: "this prompt", "this prompt, exact", "logit lens", "all facts" or "fact by fact".
-        seed: of the donors.
+        seed: of the donors and of what localizers draw.
 
     Returns:
         A widget. Its `exploration` gives what it shows as data.
@@ -49,7 +52,7 @@ def explore(
         ValueError: no facts, a fact that cannot be paired, an unknown localizer or view.
     """
     LOCALIZERS.get(localizer)
-    return Explorer(Exploration(model, facts, seed=seed), localizer=localizer, view=view)
+    return Explorer(Exploration(model, facts, retain=retain, twin=twin, seed=seed), localizer=localizer, view=view)
 
 
 class Explorer(widgets.VBox):
@@ -180,9 +183,8 @@ class Explorer(widgets.VBox):
         scores, fact = self._scores(), self.fact.value
         values = self.exploration.token_scores(fact, scores)
         figure = figures.layer_by_token(values, self.exploration.tokens(fact), scores.components, metric=scores.metric)
-        return _titled(
-            figure, f"{scores.method}: this prompt", "scored by role; a role's tokens share its score evenly"
-        )
+        what = f"{scores.sign}; scored by role, a role's tokens share its score evenly"
+        return _titled(figure, f"{scores.method}: this prompt", what)
 
     def _patching(self) -> go.Figure:
         found = self.exploration.patching(self.fact.value)
@@ -210,7 +212,7 @@ def _try(area: LiveFigure, make: Callable[[], go.Figure]) -> None:
 
 
 def _titled(figure: go.Figure, title: str, subtitle: str) -> go.Figure:
-    return figure.update_layout(title={"text": title, "subtitle": {"text": subtitle}})
+    return styled(figure, title, label(subtitle), height=figure.layout.height)
 
 
 def _bars(outcome: Outcome, names: tuple[str, str], subtitle: str) -> go.Figure:

@@ -10,6 +10,7 @@ from mechunlearn.components import ROLES, Component
 from mechunlearn.exploration import Exploration, roles_of
 from mechunlearn.explorer import Explorer, explore
 from mechunlearn.localize.pairs import build_pairs, to_batch
+from mechunlearn.localize.retain_contrast import retain_contrast
 from mechunlearn.models import attention_write, head_input, mlp_neurons, mlp_write
 from mechunlearn.prompts import token_roles
 
@@ -149,6 +150,23 @@ def test_a_metric_is_passed_on_and_unknown_ones_are_refused(exploration):
         exploration.scores("attribution_patchin")
 
 
+def test_localizers_get_the_facts_to_retain_and_the_twin_if_they_take_them(tiny_model, tiny_split):
+    model, twin, facts = tiny_model("llama"), tiny_model("llama", seed=1), tiny_split.forget
+    exploration = Exploration(model, facts, retain=tiny_split.retain_train[:6], twin=twin, seed=2)
+    contrast = exploration.scores("retain_contrast")
+    expected = retain_contrast(model, facts, retain=tiny_split.retain_train[:6], seed=2)
+    np.testing.assert_array_equal(contrast.per_fact, expected.per_fact)
+    assert exploration.scores("forget_retain_contrast").notes["n_retain"] == 6
+    assert exploration.scores("fact_lookup_probe").notes["twin"] == twin.name
+
+
+def test_without_facts_to_retain_no_contrast_is_claimed(exploration):
+    explorer = Explorer(exploration, localizer="retain_contrast", view="this prompt")
+    assert "nothing is subtracted" in _subtitle(explorer.map).replace("<br>", " ")
+    explorer.localizer.value = "forget_retain_contrast"
+    assert "got no facts to retain" in explorer.map.note
+
+
 def test_the_donor_of_the_maps_is_the_donor_of_the_runs(exploration):
     for fact in range(4):
         assert exploration.patching(fact).donor == exploration.runs(fact).donor
@@ -215,8 +233,6 @@ def test_what_cannot_be_shown_says_why(exploration):
     assert not explorer.changed.figure
     assert "allowed: m3 (MLP)" in explorer.changed.note
     assert "<b>'" not in explorer.changed.note
-    explorer.localizer.value = "forget_retain_contrast"
-    assert "retain" in explorer.map.note
     with pytest.raises(ValueError, match="got view 'no', allowed: this prompt"):
         explore(exploration.model, exploration.facts, view="no")
 
