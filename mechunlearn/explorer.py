@@ -197,7 +197,7 @@ class Explorer(widgets.VBox):
     def _all_facts(self) -> go.Figure:
         scores = self._scores()
         heads = all(component.kind == "head" for component in scores.components)
-        return figures.layer_by_head(scores) if heads else figures.component_by_role(scores)
+        return (figures.layer_by_head if heads else figures.component_by_role)(scores, facts=self.exploration.facts)
 
 
 def _try(area: LiveFigure, make: Callable[[], go.Figure]) -> None:
