@@ -85,7 +85,9 @@ def _panels(
     figure = make_subplots(1, 3, subplot_titles=_TITLES, shared_yaxes=True, horizontal_spacing=0.03)
     for column, (z, text) in enumerate(zip(values, hover, strict=True), start=1):
         figure.add_trace(signed(z, columns, rows, text), row=1, col=column)
-    figure.update_xaxes(type="category", showgrid=False, tickangle=-45)
+    many = len(columns) > 8  # then upright and small: a panel is a third as wide as the figure
+    figure.update_xaxes(type="category", showgrid=False, tickangle=-90 if many else -45, dtick=-(-len(columns) // 24),
+                        tickfont_size=10 if many else 13)  # fmt: skip
     figure.update_yaxes(type="category", showgrid=False, dtick=max(1, -(-len(rows) // 40)))
     diverging(figure, max(float(np.abs(z).max()) for z in values), metric)
     return figure

@@ -128,8 +128,8 @@ def component_by_fact(scores: ComponentScores, facts: Sequence[Fact], *, most: i
     figure = go.Figure(signed(values[rows], range(len(facts)), names, hover, components=cells))
     named = len(facts) <= 24
     figure.update_xaxes(
-        title=None if named else "fact", showgrid=False, zeroline=False, tickangle=45, tickmode="array" if named else
-        "auto", tickvals=list(range(len(facts))) if named else None,
+        title=None if named else "fact", showgrid=False, zeroline=False, tickangle=45 if named else 0,
+        tickmode="array" if named else "auto", tickvals=list(range(len(facts))) if named else None,
         ticktext=[_short(fact.subject) for fact in facts] if named else None,
     )  # fmt: skip
     figure.update_yaxes(type="category", showgrid=False, dtick=max(1, -(-len(rows) // 32)))

@@ -195,6 +195,17 @@ def test_a_circuit_keeps_the_strongest_edges_on_a_path_with_width_by_size_and_co
     assert len(figures.circuit(_edges(), n_edges=3, paths_only=False).data) == 4
 
 
+def test_every_layer_of_a_circuit_is_named_once_and_no_node_is_cut_off():
+    figure = figures.circuit(_edges(), n_edges=9, paths_only=False)
+    assert list(figure.layout.yaxis.ticktext) == ["embedding", "0", "answer"]
+    values = np.zeros((1, 2, 2))
+    values[0, 0, 0], values[0, 1, 1] = 1, 1
+    alone = EdgeScores(metric="", sign="", writers=("embed", "m2"), readers=("m2", "logits"), per_fact=values)
+    figure = figures.circuit(alone)
+    assert list(figure.layout.yaxis.ticktext) == ["embedding", "2", "answer"]
+    assert figure.data[-1].cliponaxis is False
+
+
 def test_a_circuit_without_a_path_or_edges_is_refused():
     with pytest.raises(ValueError, match="none of the 1 strongest edges lies on a path"):
         figures.circuit(_edges(), n_edges=1)
@@ -237,6 +248,10 @@ def test_two_maps_of_a_prompt_are_shown_with_their_difference():
     asked = figures.maps_before_after(a, b, rows=["m0"], columns=["x", "y"], prompt=HOSTILE)
     assert asked.data[2].text[0][1].endswith("score +6.000<br>n = 1 prompt: &lt;script&gt;alert(1)&lt;/script&gt;")
     assert HOSTILE not in _text(figure)
+    long = figures.maps_before_after(
+        np.ones((1, 13)), np.ones((1, 13)), rows=["m0"], columns=[str(i) for i in range(13)]
+    )
+    assert long.layout.xaxis3.dtick == 1  # every token is named
     with pytest.raises(ValueError, match="allowed: \\(1, 1\\) for both"):
         figures.maps_before_after(a, b, rows=["m0"], columns=["x"])
 
