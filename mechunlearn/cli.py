@@ -337,7 +337,7 @@ def bench_planted(
     config: Annotated[
         str, typer.Argument(help="A preset or TOML file with the ladder and the localizers.")
     ] = "bench-planted",
-    quick: Annotated[bool, typer.Option("--quick", help="Two small bases, three plants each, two localizers.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two small bases of three plants, three localizers.")] = False,
     out: Annotated[Path, typer.Option("--out", help="Folder of the ladder, its scores and the tables.")] = Path(
         ".runs/planted"
     ),

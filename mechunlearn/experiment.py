@@ -143,8 +143,8 @@ def localize(
         exact: also note a first-order method's agreement with exact patching.
     """
     method = LOCALIZERS.get(name)
-    options = stage.settings.options("localize", name)
-    seed = seed if seed is not None else options.get("seed") or stage.settings.seed
+    options, given = stage.settings.options("localize", name), stage.settings.localize.get(name, {})
+    seed = seed if seed is not None else given.get("seed", stage.settings.seed)
     options |= method.wanted(seed=seed, twin=stage.twin, retain=stage.split.retain_train)
     scores = method.function(stage.model, stage.split.forget, **options)
     if exact:

@@ -23,8 +23,10 @@ from mechunlearn.models import Model, n_parts
 from mechunlearn.prompts import token_texts
 
 How = Literal["zero", "mean", "donor"]
-"""What a component writes instead: nothing, its mean over the facts at that role, or what it writes on the donor's."""
+"""What a component writes instead: nothing, its mean over the facts at that role, or what it does on the other run."""
 HOWS: tuple[How, ...] = get_args(How)
+RunName = Literal["clean", "corrupt"]
+RUNS: tuple[RunName, ...] = get_args(RunName)
 _COVERS = {"all": ROLES, "subject": SUBJECT_ROLES}  # roles of localizers that score several of ours at once
 
 
@@ -57,12 +59,20 @@ class Exploration:
 
     Scores, maps and means are kept: make a new one after the model's weights were changed.
 
+    Args:
+        retain: facts to keep, for the localizers that contrast with them.
+        twin: a model that never knew the facts, for the localizers that compare with one.
+        seed: of the donors and of what localizers draw.
+
     Raises:
         ValueError: no facts, or a fact that cannot be paired.
     """
 
-    def __init__(self, model: Model, facts: Sequence[Fact], *, seed: int = 0) -> None:
-        self.model, self.facts, self.seed = model, tuple(facts), seed
+    def __init__(
+        self, model: Model, facts: Sequence[Fact], *, retain: Sequence[Fact] | None = None, twin: Model | None = None,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.model, self.facts, self.retain, self.twin, self.seed = model, tuple(facts), retain, twin, seed
         self.pairs = {pair.fact: pair for pair in build_pairs(model, self.facts, seed=seed)}
         self._scores: dict[tuple[str, str | None], ComponentScores] = {}
         self._patching: dict[int, PatchingMap] = {}
@@ -84,6 +94,7 @@ class Exploration:
         if key not in self._scores:
             method = LOCALIZERS.get(localizer)
             options = method.validate({"metric": metric} if metric else {})
+            options |= method.wanted(retain=self.retain, twin=self.twin, seed=self.seed)
             self._scores[key] = method.function(self.model, self.facts, **options)
         return self._scores[key]
 
@@ -131,56 +142,57 @@ class Exploration:
             donor=pair.donor, outcome=self._outcome(pair, clean, corrupt),
         )  # fmt: skip
 
-    def intervene(self, fact: int, component: Component, how: How, position: int | None = None) -> Outcome:
-        """Change what a component writes at one token of the fact's prompt, or at all, and ask again.
+    def intervene(
+        self, fact: int, component: Component, how: How, position: int | None = None, *, run: RunName = "clean"
+    ) -> Outcome:
+        """Change what a component writes at one token of a run, or at all, and ask again.
 
         Args:
             how: "zero" (its output, a head's z or a neuron's activation becomes 0), "mean" (its mean over the facts at
-                tokens of the same role) or "donor" (what it is on the donor's run at the token's partner; with all
-                tokens, those without one stay as they are).
-            position: the token's; None for all.
+                tokens of the same role) or "donor" (what it is on the other run at the token's partner).
+            position: of a token of the fact's prompt; on the corrupt run its partner is changed. None for all; those
+                without a partner stay as they are, unless they become zero, or on the clean run their mean.
+            run: which is changed. "clean": does the fact go? "corrupt": does it return, if "donor" gives the donor's
+                run what is on the fact's own?
 
         Raises:
-            ValueError: no such component, token or way, or a token without a partner in the donor's prompt.
+            ValueError: no such component, token, way or run, or a token without a partner in the donor's prompt.
         """
         pair, model = self._pair(fact), self.model
         self._check(component)
-        split = (n_parts(model, component.kind), -1)
-        if how not in HOWS or not (position is None or 0 <= position < len(pair.clean)):
-            raise ValueError(f"intervention: got {how!r} at token {position}, allowed: {', '.join(HOWS)} at "
-                             f"0 to {len(pair.clean) - 1} or at all")  # fmt: skip
-        partner = {c: k for c, k, _ in pair.aligned}
-        if how == "donor" and position is not None and position not in partner:
+        if how not in HOWS or run not in RUNS or not (position is None or 0 <= position < len(pair.clean)):
+            raise ValueError(
+                f"intervention: got {how!r} at token {position} of the {run} run, allowed: {', '.join(HOWS)} at 0 to "
+                f"{len(pair.clean) - 1} or at all of the {' or '.join(RUNS)} run"
+            )
+        ids = pair.clean if run == "clean" else pair.corrupt
+        rows = _rows(pair, how, run)
+        own = {c: k for c, k, _ in pair.aligned} if run == "corrupt" else {i: i for i in range(len(ids))}
+        if position is not None and own.get(position) not in rows:
             raise ValueError(f"intervention: token {position} has no partner in the donor's prompt; take another token")
-        at = (
-            [position]
-            if position is not None
-            else [i for i in range(len(pair.clean)) if how != "donor" or i in partner]
-        )
-        place = place_of(component)
-        part = component.index or 0
+        at = list(rows) if position is None else [own[position]]
+        place, split, part = place_of(component), (n_parts(model, component.kind), -1), component.index or 0
         with untouched(model), torch.no_grad():
-            before = last_logits(model, pad(model, [pair.clean]))[0]
-            source = self._source(pair, place, how)
+            before = last_logits(model, pad(model, [ids]))[0]
+            source = self._source(place, how, pair.corrupt if run == "clean" else pair.clean)
 
             def change(value: Tensor) -> Tensor:
                 changed = value.clone().unflatten(-1, split)
                 new = source.unflatten(-1, split).to(value.dtype)
-                rows = [partner[i] for i in at] if how == "donor" else at
-                changed[0, at, part] = new[rows, part]
+                changed[0, at, part] = new[[rows[i] for i in at], part]
                 return changed.flatten(-2)
 
             with hooked(model, change={place: change}):
-                after = last_logits(model, pad(model, [pair.clean]))[0]
+                after = last_logits(model, pad(model, [ids]))[0]
         return self._outcome(pair, before, after)
 
-    def _source(self, pair: Pair, place: Place, how: How) -> Float[Tensor, "pos width"]:
-        """What the place is to be: row by row of the donor's prompt for "donor", else of the clean one."""
+    def _source(self, place: Place, how: How, other: Sequence[int]) -> Float[Tensor, "row width"]:
+        """What the place is to be: by token of the other run for "donor", by role for "mean", else one row of zeros."""
         if how == "mean":
-            return self._mean(place)[[ROLES.index(role) for role in roles_of(pair)]]
+            return self._mean(place)
         with hooked(self.model, record=[place]) as seen:
-            last_logits(self.model, pad(self.model, [pair.corrupt if how == "donor" else pair.clean]))
-        return seen[place][0] if how == "donor" else torch.zeros_like(seen[place][0])
+            last_logits(self.model, pad(self.model, [other]))
+        return seen[place][0] if how == "donor" else torch.zeros_like(seen[place][0, :1])
 
     def _mean(self, place: Place, batch_size: int = 32) -> Float[Tensor, "role width"]:
         """Mean over all tokens of a role in all facts' prompts."""
@@ -233,6 +245,15 @@ class Exploration:
             logit_diff_before=float(before[pair.answer] - before[pair.counterfactual]),
             logit_diff_after=float(after[pair.answer] - after[pair.counterfactual]),
         )
+
+
+def _rows(pair: Pair, how: How, run: RunName) -> dict[int, int]:
+    """The tokens of a run that can be changed, and the row of `_source` that each of them gets."""
+    if how == "zero":
+        return dict.fromkeys(range(len(pair.clean if run == "clean" else pair.corrupt)), 0)
+    if run == "corrupt":
+        return {k: c if how == "donor" else role for c, k, role in pair.aligned}
+    return {c: k for c, k, _ in pair.aligned} if how == "donor" else dict(enumerate(map(ROLES.index, roles_of(pair))))
 
 
 def roles_of(pair: Pair) -> tuple[str, ...]:

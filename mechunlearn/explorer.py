@@ -10,37 +10,42 @@ import ipywidgets as widgets
 import plotly.graph_objects as go
 
 from mechunlearn.components import Component, ComponentScores
-from mechunlearn.exploration import HOWS, Exploration, Outcome
+from mechunlearn.exploration import RUNS, Exploration, Outcome
 from mechunlearn.facts import Fact
 from mechunlearn.html_card import html_card
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.models import Model, NotSupported, all_components
 from mechunlearn.report import figures
 from mechunlearn.report.live_figure import LiveFigure
+from mechunlearn.report.theme import label, styled
 
 ALL_TOKENS = ("all tokens", -1)  # None would leave a dropdown empty
 OF_ALL_FACTS = ("all facts", "fact by fact")
 """Maps that are the same whichever fact is picked."""
+_HOWS = (("zero", "zero"), ("mean", "mean"), ("other run's", "donor"))
 _HOW_TIPS = (
     "it writes nothing",
     "its mean over the facts, at tokens of the same role",
-    "what it writes on the corrupt run",
+    "what it writes on the other run, at the token's partner",
 )
+_RUN_TIPS = ("change the fact's own run: is the answer lost?", "change the donor's run: does the answer return?")
 _WRAPS = widgets.Layout(flex_flow="row wrap")
 
 
 def explore(
-    model: Model, facts: Sequence[Fact], *, localizer: str = "attribution_patching", view: str = "this prompt, exact",
-    seed: int = 0,
+    model: Model, facts: Sequence[Fact], *, retain: Sequence[Fact] | None = None, twin: Model | None = None,
+    localizer: str = "attribution_patching", view: str = "this prompt, exact", seed: int = 0,
 ) -> "Explorer":  # fmt: skip
     """Explore facts by hand: the last line of a notebook's cell.
 
     Args:
         facts: all are scored by the localizer that is picked, so take a few dozen for the slow ones; a fact's donor is
             one of them.
+        retain: facts to keep, for the localizers that contrast with them (`forget_retain_contrast` needs some).
+        twin: a model that never knew the facts, for the localizers that compare with one.
         localizer: picked at first.
         view: shown at first: "this prompt", "this prompt, exact", "logit lens", "all facts" or "fact by fact".
-        seed: of the donors.
+        seed: of the donors and of what localizers draw.
 
     Returns:
         A widget. Its `exploration` gives what it shows as data.
@@ -49,7 +54,7 @@ def explore(
         ValueError: no facts, a fact that cannot be paired, an unknown localizer or view.
     """
     LOCALIZERS.get(localizer)
-    return Explorer(Exploration(model, facts, seed=seed), localizer=localizer, view=view)
+    return Explorer(Exploration(model, facts, retain=retain, twin=twin, seed=seed), localizer=localizer, view=view)
 
 
 class Explorer(widgets.VBox):
@@ -80,10 +85,9 @@ class Explorer(widgets.VBox):
             placeholder="m3, a5, a5.h2, m3.n117", continuous_update=False,
         )  # fmt: skip
         self.position: Any = widgets.Dropdown(options=(ALL_TOKENS,), description="token")
-        self.how: Any = widgets.ToggleButtons(
-            options=HOWS, tooltips=_HOW_TIPS, description="becomes", style={"button_width": "4.5em"},
-            layout={"width": "auto", "display": "flex"},
-        )  # fmt: skip
+        buttons = {"style": {"button_width": "auto"}, "layout": {"width": "auto", "display": "flex"}}
+        self.how: Any = widgets.ToggleButtons(options=_HOWS, tooltips=_HOW_TIPS, description="becomes", **buttons)
+        self.run: Any = widgets.ToggleButtons(options=RUNS, tooltips=_RUN_TIPS, description="in the run", **buttons)
         self.runs = widgets.HTML()
         half = {"flex": "1 1 340px", "min_width": "0", "overflow": "hidden"}
         self.map = LiveFigure(with_plotly=True, on_click=self.click, layout={"overflow": "hidden"})
@@ -91,7 +95,8 @@ class Explorer(widgets.VBox):
         super().__init__([
             widgets.HBox([self.fact, self.view], layout=_WRAPS),
             widgets.HBox([self.localizer, self.metric], layout=_WRAPS),
-            self.runs, self.map, widgets.HBox([self.component, self.position, self.how], layout=_WRAPS),
+            self.runs, self.map,
+            widgets.HBox([self.component, self.position, self.how, self.run], layout=_WRAPS),
             widgets.HBox([self.answers, self.changed], layout=_WRAPS),
         ])  # fmt: skip
         self._asked: tuple[object, ...] = ()
@@ -100,7 +105,7 @@ class Explorer(widgets.VBox):
         self.view.observe(lambda _: self._show_map(), "value")
         self.localizer.observe(lambda _: self._choose_localizer(), "value")
         self.metric.observe(lambda _: self._show_scores(), "value")
-        for control in (self.component, self.position, self.how):
+        for control in (self.component, self.position, self.how, self.run):
             control.observe(lambda _: self._show_change(), "value")
 
     def _metrics(self) -> tuple[str, ...]:
@@ -143,8 +148,8 @@ class Explorer(widgets.VBox):
         _try(self.map, self.views[self.view.value])
 
     def _show_change(self) -> None:
-        fact, component, how, position = asked = tuple(
-            control.value for control in (self.fact, self.component, self.how, self.position)
+        fact, component, how, position, run = asked = tuple(
+            control.value for control in (self.fact, self.component, self.how, self.position, self.run)
         )
         if asked == self._asked:  # a click changes two controls at once
             return
@@ -152,10 +157,10 @@ class Explorer(widgets.VBox):
 
         def changed() -> go.Figure:
             at = None if position == ALL_TOKENS[1] else position
-            outcome = self.exploration.intervene(fact, Component.parse(component.strip()), how, at)
+            outcome = self.exploration.intervene(fact, Component.parse(component.strip()), how, at, run=run)
             where = self.position.label if at is None else f"token {self.position.label}"
             moved = f"logit difference {outcome.logit_diff_before:+.2f} → {outcome.logit_diff_after:+.2f}"
-            return _bars(outcome, ("clean run", "changed"), f"{component} ({how}) at {where}; {moved}")
+            return _bars(outcome, (f"{run} run", "changed"), f"{component} ({self.how.label}) at {where}; {moved}")
 
         _try(self.changed, changed)
 
@@ -180,9 +185,8 @@ class Explorer(widgets.VBox):
         scores, fact = self._scores(), self.fact.value
         values = self.exploration.token_scores(fact, scores)
         figure = figures.layer_by_token(values, self.exploration.tokens(fact), scores.components, metric=scores.metric)
-        return _titled(
-            figure, f"{scores.method}: this prompt", "scored by role; a role's tokens share its score evenly"
-        )
+        what = f"{scores.sign}; scored by role, a role's tokens share its score evenly"
+        return _titled(figure, f"{scores.method}: this prompt", what)
 
     def _patching(self) -> go.Figure:
         found = self.exploration.patching(self.fact.value)
@@ -193,7 +197,7 @@ class Explorer(widgets.VBox):
     def _all_facts(self) -> go.Figure:
         scores = self._scores()
         heads = all(component.kind == "head" for component in scores.components)
-        return figures.layer_by_head(scores) if heads else figures.component_by_role(scores)
+        return (figures.layer_by_head if heads else figures.component_by_role)(scores, facts=self.exploration.facts)
 
 
 def _try(area: LiveFigure, make: Callable[[], go.Figure]) -> None:
@@ -210,7 +214,7 @@ def _try(area: LiveFigure, make: Callable[[], go.Figure]) -> None:
 
 
 def _titled(figure: go.Figure, title: str, subtitle: str) -> go.Figure:
-    return figure.update_layout(title={"text": title, "subtitle": {"text": subtitle}})
+    return styled(figure, title, label(subtitle), height=figure.layout.height)
 
 
 def _bars(outcome: Outcome, names: tuple[str, str], subtitle: str) -> go.Figure:

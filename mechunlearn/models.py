@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mechunlearn.architectures import Architecture, NotSupported, Sizes, architecture_of, parameter_masks, sizes_of
 from mechunlearn.components import KINDS, Component, Kind
+from mechunlearn.html_card import html_card
 from mechunlearn.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -116,6 +117,16 @@ class Model:
         from mechunlearn.bridge import copied_parameters
 
         return copied_parameters(self, self.bridge)
+
+    def _repr_html_(self) -> str:
+        shared = f" ({self.n_kv_heads} with keys and values)" if self.n_kv_heads < self.n_heads else ""
+        lines = {
+            "architecture": self.architecture.name, "revision": self.revision,
+            "blocks": f"{self.n_layers}, each with {self.n_heads} heads{shared} and {self.d_mlp:,} neurons",
+            "width": self.d_model, "parameters": f"{sum(p.numel() for p in self.hf.parameters()):,}",
+            "kept as": f"{str(self.dtype).removeprefix('torch.')} on {self.device}",
+        }  # fmt: skip
+        return html_card(self.name, lines)
 
 
 def wrap_model(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str = "model") -> Model:

@@ -15,6 +15,7 @@ import pandas as pd
 from mechunlearn.attack.results import AttackResult
 from mechunlearn.components import ComponentScores
 from mechunlearn.evaluate.results import Evaluation
+from mechunlearn.html_card import html_card
 from mechunlearn.verdict import Verdict
 
 CellRole = Literal["original", "suppressed", "twin", "arm"]
@@ -104,6 +105,13 @@ class Run:
         raise ValueError(
             f"run '{self.manifest['name']}': no cell {name!r}; cells: {', '.join(c.name for c in self.cells)}"
         )
+
+    def _repr_html_(self) -> str:
+        made_of = {key: self.manifest.get(key) for key in ("model", "twin", "facts", "finished")}
+        lines = {key: of.get("name") if isinstance(of, Mapping) else of for key, of in made_of.items()}
+        rows = [(c.name, ", ".join(c.components), f"{c.share:.1%}" if c.share else "", c.verdict) for c in self.cells]
+        head = ("cell", "edited", "of all MLPs and attention", "verdict")
+        return html_card(str(self.manifest["name"]), {**lines, "localizers": ", ".join(self.scores)}, [head, *rows])
 
 
 def load_run(folder: str | Path) -> Run:

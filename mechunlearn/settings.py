@@ -133,6 +133,9 @@ class Settings(Strict):
         checked = {name: registry.get(name).validate(options) for name, options in value.items()}
         if info.field_name == "suppress":  # a control without a learning rate looks for one
             return {name: {key: checked[name][key] for key in options} for name, options in value.items()}
+        if info.field_name == "localize":  # one without a seed of its own takes the run's
+            for name in (name for name, options in value.items() if "seed" not in options):
+                checked[name].pop("seed", None)
         return checked
 
     @field_validator("evaluate")

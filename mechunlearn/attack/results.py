@@ -10,6 +10,7 @@ import pandas as pd
 
 from mechunlearn.facts import Fact
 from mechunlearn.files import whole_file
+from mechunlearn.html_card import html_card
 
 # pandas has no complete types, so strict would complain on every line
 # pyright: standard
@@ -92,6 +93,17 @@ class AttackResult:
     def hidden_before(self) -> dict[str, float]:
         """The same before the attack."""
         return scores_by_fact(self.before.loc[self.before["part"] == "forget_hidden"])
+
+    def _repr_html_(self) -> str:
+        before = self.before.loc[self.before["part"] == "forget_hidden"]
+        parts: dict[str, Any] = {"before": before, "after": self.final()}  # Any: pandas has no complete types
+        lines = {
+            "on": self.model, "setting": f"{self.chosen}, step {self.chosen_step}" if self.chosen_step else self.chosen,
+            "health": self.health.reason or "ok", "decides": "yes" if self.decides else "no, it only diagnoses",
+            "seed": self.seed, "hidden facts": len(parts["after"]),
+        }  # fmt: skip
+        rows = [(name, part["p_true"].mean(), part["correct"].mean()) for name, part in parts.items()]
+        return html_card(self.attack, lines, [("", "P(true answer)", "correct"), *rows])
 
     def save(self, path: Path) -> None:
         """Write `path`.json and the tables beside it, `path`.rows.parquet and so on."""

@@ -17,6 +17,7 @@ from mechunlearn.components import Component
 from mechunlearn.edit.losses import Term, weighted_sum
 from mechunlearn.edit.training import Schedule, masked_trainable, substituted, train
 from mechunlearn.files import whole_file
+from mechunlearn.html_card import html_card
 from mechunlearn.masks import ParameterMask
 from mechunlearn.models import Model
 
@@ -47,6 +48,15 @@ class WeightEdit:
         for name, value in self.values.items():
             if value.shape != (selected := (_count(self.mask, name),)):
                 raise ValueError(f"edit '{self.method}': {name} has {tuple(value.shape)} values, its mask {selected}")
+
+    def _repr_html_(self) -> str:
+        loss = f"{self.history[0]:.3f} to {self.history[-1]:.3f} in {len(self.history)} steps" if self.history else ""
+        lines = {
+            "of": f"{self.base_name} ({self.base_sha256[:12]})",
+            "components": ", ".join(map(str, self.mask.components)), "entries": f"{self.mask.n_selected:,}",
+            "training loss": loss, "seed": self.seed,
+        }  # fmt: skip
+        return html_card(f"edit: {self.method}", lines, [("option", "value"), *self.options.items()])
 
 
 def _count(mask: ParameterMask, name: str) -> int:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from mechunlearn.activations import exact, hooked, last_logits, pad, stream_places, streams, untouched
 from mechunlearn.facts import Fact
+from mechunlearn.html_card import html_card
 from mechunlearn.models import Model, all_components, has_parallel_blocks
 from mechunlearn.prompts import encode, encode_answers, token_texts
 
@@ -25,6 +26,12 @@ class LensMap:
     p_answer: Float[np.ndarray, "stream token"]
     top: tuple[tuple[str, ...], ...]
     p_top: Float[np.ndarray, "stream token"]
+
+    def _repr_html_(self) -> str:
+        of_last = zip(self.streams, self.p_answer[:, -1].tolist(), (row[-1] for row in self.top), strict=True)
+        lines = {"prompt": self.prompt, "answer": self.answer, "streams": f"{len(self.streams)}, the last:"}
+        head = ("stream after", "P(answer) at the last token", "likeliest")
+        return html_card("logit lens", lines, [head, *list(of_last)[-8:]])
 
 
 def lens_map(model: Model, fact: Fact) -> LensMap:

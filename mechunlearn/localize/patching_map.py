@@ -11,6 +11,7 @@ from jaxtyping import Float
 from mechunlearn.activations import place_of, untouched
 from mechunlearn.components import Component
 from mechunlearn.facts import Fact
+from mechunlearn.html_card import html_card
 from mechunlearn.localize.pairs import build_pairs, to_batch
 from mechunlearn.localize.patching import component_effects, exchange
 from mechunlearn.localize.scoring import measure_of
@@ -31,6 +32,16 @@ class PatchingMap:
     corrupt: float
     """The same on the donor's run."""
     donor: str | None
+
+    def _repr_html_(self) -> str:
+        largest = np.argsort(-np.abs(self.values), axis=None, kind="stable")[:8]
+        cells = zip(*np.unravel_index(largest, self.values.shape), strict=True)
+        rows = [(self.components[i], f"{j}: {self.tokens[j]}", float(self.values[i, j])) for i, j in cells]
+        lines = {
+            "prompt": "".join(self.tokens), "logit difference": f"{self.clean:+.2f} clean, {self.corrupt:+.2f} corrupt",
+            "donor": self.donor or "random tokens", "cells": f"{self.values.size}, the largest:",
+        }  # fmt: skip
+        return html_card("exact patching", lines, [("component", "token", "share restored"), *rows])
 
 
 def patching_map(

@@ -42,7 +42,7 @@ def retain_contrast(
         two sets differ, and nothing where they do not.
 
     Args:
-        retain: other facts the model knows; without them nothing is subtracted, which the notes say.
+        retain: other facts the model knows; without them nothing is subtracted, which sign and notes say.
         held: sublayers that cannot react to the patch, see `held_patching`.
 
     Raises:
@@ -54,12 +54,14 @@ def retain_contrast(
     options = {"pairs_per_fact": pairs_per_fact, "batch_size": batch_size, "seed": seed}
     effects, notes = held_effects(model, facts, components, held, **options)
     scores = _shares(effects)
+    less = "no retained facts given, so nothing is subtracted; positive: supports these facts"
     if retain:
+        less = "less the retained facts' share; positive: supports these facts more"
         scores = scores - _shares(held_effects(model, retain, components, held, **options)[0]).mean(axis=0)
     return ComponentScores(
         method="retain_contrast",
         metric="logit_diff",
-        sign="share of the drop under patching, less the retained facts' share; positive: supports these facts more",
+        sign=f"share of the drop under patching, {less}",
         components=components,
         per_fact=scores,
         options={"held": list(held), "kinds": list(kinds), **options},

@@ -9,6 +9,7 @@ import numpy as np
 
 from mechunlearn.components import ComponentScores
 from mechunlearn.facts import Fact
+from mechunlearn.html_card import html_card
 from mechunlearn.rankings import bootstrap_rankings, rank_correlation
 
 
@@ -24,6 +25,11 @@ class Stability:
     forms: float
     """Mean over pairs of prompt forms."""
     n_forms: int
+
+    def _repr_html_(self) -> str:
+        rows = [("subjects", self.subjects, self.subjects_lower, self.n_subjects)]
+        rows += [("forms of the prompt", self.forms, "", self.n_forms)] if self.n_forms > 1 else []
+        return html_card("stability of the ranking", {}, [("over", "rank correlation", "5% quantile", "n"), *rows])
 
 
 def stability(

@@ -62,7 +62,7 @@ def places(nodes: Iterable[str]) -> dict[str, tuple[float, float]]:
     """
     rows: dict[tuple[int, str], list[tuple[str, int, str]]] = {}
     ends: set[str] = set()
-    for node in set(nodes):
+    for node in dict.fromkeys(nodes):  # a set would draw them in another order each time
         if node in ("embed", "logits"):
             ends.add(node)
             continue

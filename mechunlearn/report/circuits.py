@@ -54,8 +54,8 @@ def faithfulness_curves(curves: Sequence[FaithfulnessCurve], *, completeness: bo
             )  # fmt: skip
     figure.add_hline(y=1, line={"color": theme.QUIET, "dash": "dot"})
     figure.add_hline(y=0, line={"color": theme.QUIET, "dash": "dot"})
-    figure.update_xaxes(type="log", title="share of components kept", tickvals=[0.001, 0.01, 0.1, 1],
-                        ticktext=["0.1%", "1%", "10%", "100%"])  # fmt: skip
+    figure.update_xaxes(type="log", title="share of components kept", tickvals=[0.001, 0.01, 0.1, 0.2, 0.5, 1],
+                        ticktext=["0.1%", "1%", "10%", "20%", "50%", "100%"])  # fmt: skip
     figure.update_yaxes(title="f: share of the facts left")
     figure.update_layout(legend={"orientation": "v", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom"})
     height = 400 + 22 * len(curves) * (1 + completeness)
@@ -101,6 +101,7 @@ def circuit(edges: EdgeScores, *, n_edges: int = 40, paths_only: bool = True) ->
         go.Scatter(
             x=[at[name][0] for name in names], y=[at[name][1] for name in names], mode="markers+text", text=names,
             hoverinfo="text", hovertext=names, showlegend=False, textfont={"size": 12, "color": theme.INK},
+            cliponaxis=False,
             marker={"size": 40, "color": "white", "line": {"color": theme.INK, "width": 1.5},
                     "symbol": ["square" if name.startswith("m") else "circle" for name in names]},
         )
@@ -110,7 +111,7 @@ def circuit(edges: EdgeScores, *, n_edges: int = 40, paths_only: bool = True) ->
     )
     layers = sorted({int(y) for _, y in at.values()})
     ticks = {y: "embedding" if y == layers[0] else "answer" if y == layers[-1] else f"{(y - 1) // 2}" for y in layers}
-    shown = {y: text for y, text in ticks.items() if not text.isdigit() or y % 2}
+    shown = {y: text for y, text in ticks.items() if not text.isdigit() or y % 2 or y - 1 not in layers}  # each once
     figure.update_yaxes(
         tickvals=list(shown), ticktext=list(shown.values()), showgrid=False, zeroline=False, title="layer",
         range=[layers[0] - 0.8, layers[-1] + 0.8],

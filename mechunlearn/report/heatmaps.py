@@ -9,6 +9,7 @@ from jaxtyping import Float
 from scipy import stats
 
 from mechunlearn.components import ComponentScores
+from mechunlearn.facts import Fact
 from mechunlearn.report import theme
 from mechunlearn.report.theme import label
 
@@ -55,10 +56,24 @@ def colour_bar(title: str) -> dict[str, Any]:
     return {"title": {"text": f"<br>{label(title)}", "side": "right", "font": {"size": 14}}, "thickness": 16}
 
 
-def hover_text(where: str, metric: str, value: float, margin: float, n: int) -> str:
-    """Where, the value with its interval if there is one, and n; `where` is ours or escaped."""
+def hover_text(where: str, metric: str, value: float, margin: float, n: int, prompt: str = "") -> str:
+    """Where, the value with its interval if there is one, n, and a prompt; `where` and `prompt` are ours or escaped."""
     bounds = f" [{value - margin:+.3f}, {value + margin:+.3f}]" if np.isfinite(margin) else ""
-    return f"<b>{where}</b><br>{label(metric)} {value:+.3f}{bounds}<br>n = {n} fact{'s' if n > 1 else ''}"
+    asked = f"<br>prompt: {prompt}" if prompt else ""
+    return f"<b>{where}</b><br>{label(metric)} {value:+.3f}{bounds}<br>n = {n} fact{'s' if n > 1 else ''}{asked}"
+
+
+def first_prompt(scores: ComponentScores, facts: Sequence[Fact] | None) -> str:
+    """The prompt of the first fact that was scored, and how many others there are; escaped, nothing without facts.
+
+    Raises:
+        ValueError: other facts than were scored.
+    """
+    if facts is None:
+        return ""
+    if len(facts) != scores.n_facts:
+        raise ValueError(f"scores of '{scores.method}': got {len(facts)} facts, allowed: the {scores.n_facts} scored")
+    return label(facts[0].ask(facts[0].prompt)) + (f", and {len(facts) - 1} others" if len(facts) > 1 else "")
 
 
 def margin_of(per_fact: Float[np.ndarray, "fact ..."]) -> np.ndarray:

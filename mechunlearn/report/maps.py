@@ -12,28 +12,31 @@ from plotly.subplots import make_subplots
 from mechunlearn.components import ComponentScores
 from mechunlearn.facts import Fact
 from mechunlearn.report import theme
-from mechunlearn.report.heatmaps import diverging, hover_text, margin_of, sign_line, signed
+from mechunlearn.report.heatmaps import diverging, first_prompt, hover_text, margin_of, sign_line, signed
 from mechunlearn.report.theme import label, styled
 
 SUBLAYERS = {"mlp": "MLPs", "attention": "attention"}
 
 
-def component_by_role(scores: ComponentScores, *, limit: float | None = None) -> go.Figure:
+def component_by_role(
+    scores: ComponentScores, *, limit: float | None = None, facts: Sequence[Fact] | None = None
+) -> go.Figure:
     """Heat map of the score of every layer at every role of token, MLPs and attention side by side.
 
     Sign and units: those of the scores; both panels share one scale, symmetric about zero.
 
     Args:
         limit: end of the colour scale, to compare figures; the largest absolute score if not given.
+        facts: those that were scored; hovering then tells a prompt.
 
     Raises:
-        ValueError: the scores hold neither MLPs nor attention sublayers.
+        ValueError: the scores hold neither MLPs nor attention sublayers, or are of other facts.
     """
     kinds = [kind for kind in SUBLAYERS if any(c.kind == kind for c in scores.components)]
     if not kinds:
         raise ValueError(f"component_by_role: scores of '{scores.method}' hold no MLPs or attention; use layer_by_head")
     limit = limit or float(np.abs(scores.by_role).max()) or 1.0
-    margins = margin_of(scores.per_fact)
+    margins, prompt = margin_of(scores.per_fact), first_prompt(scores, facts)
     figure = make_subplots(
         1, len(kinds), subplot_titles=[SUBLAYERS[kind] for kind in kinds], shared_yaxes=True, horizontal_spacing=0.06
     )
@@ -50,6 +53,7 @@ def component_by_role(scores: ComponentScores, *, limit: float | None = None) ->
                     scores.by_role[i, j],
                     margins[i, j],
                     scores.n_facts,
+                    prompt,
                 )
                 for j, role in enumerate(scores.roles)
             ]
@@ -66,24 +70,27 @@ def component_by_role(scores: ComponentScores, *, limit: float | None = None) ->
     return styled(figure, title, sign_line(scores), height=190 + max(20 * len(layers), 220))
 
 
-def layer_by_head(scores: ComponentScores) -> go.Figure:
+def layer_by_head(scores: ComponentScores, *, facts: Sequence[Fact] | None = None) -> go.Figure:
     """Heat map of the score of every attention head, summed over token roles; zero is white.
 
+    Args:
+        facts: those that were scored; hovering then tells a prompt.
+
     Raises:
-        ValueError: the scores hold no heads.
+        ValueError: the scores hold no heads, or are of other facts.
     """
     at = {(c.layer, c.index): i for i, c in enumerate(scores.components) if c.kind == "head"}
     if not at:
         raise ValueError(f"layer_by_head: scores of '{scores.method}' hold no heads; use component_by_role")
     layers, heads = sorted({layer for layer, _ in at}), sorted({index or 0 for _, index in at})
-    margins = margin_of(scores.per_fact.sum(axis=2))
+    margins, prompt = margin_of(scores.per_fact.sum(axis=2)), first_prompt(scores, facts)
     values = np.full((len(layers), len(heads)), np.nan)
     hover = [["" for _ in heads] for _ in layers]
     for (layer, index), i in at.items():
         row, column = layers.index(layer), heads.index(index or 0)
         values[row, column] = scores.values[i]
         hover[row][column] = hover_text(
-            str(scores.components[i]), scores.metric, scores.values[i], margins[i], scores.n_facts
+            str(scores.components[i]), scores.metric, scores.values[i], margins[i], scores.n_facts, prompt
         )
     limit = float(np.nanmax(np.abs(values))) or 1.0
     names = [[f"a{layer}.h{head}" for head in heads] for layer in layers]
@@ -112,7 +119,7 @@ def component_by_fact(scores: ComponentScores, facts: Sequence[Fact], *, most: i
     rows = np.sort(np.argsort(-scores.reduced("mean_of_abs"), kind="stable")[:most])
     asked = [f"{label(fact.ask(fact.prompt))} → {label(fact.target_true)}" for fact in facts]
     hover = [
-        [hover_text(str(scores.components[i]), scores.metric, values[i, j], np.nan, 1) + f"<br>{text}"
+        [hover_text(str(scores.components[i]), scores.metric, values[i, j], np.nan, 1, text)
          for j, text in enumerate(asked)]
         for i in rows
     ]  # fmt: skip
@@ -121,8 +128,8 @@ def component_by_fact(scores: ComponentScores, facts: Sequence[Fact], *, most: i
     figure = go.Figure(signed(values[rows], range(len(facts)), names, hover, components=cells))
     named = len(facts) <= 24
     figure.update_xaxes(
-        title=None if named else "fact", showgrid=False, zeroline=False, tickangle=45, tickmode="array" if named else
-        "auto", tickvals=list(range(len(facts))) if named else None,
+        title=None if named else "fact", showgrid=False, zeroline=False, tickangle=45 if named else 0,
+        tickmode="array" if named else "auto", tickvals=list(range(len(facts))) if named else None,
         ticktext=[_short(fact.subject) for fact in facts] if named else None,
     )  # fmt: skip
     figure.update_yaxes(type="category", showgrid=False, dtick=max(1, -(-len(rows) // 32)))

@@ -43,7 +43,7 @@ def layer_by_token(
     names, labels = [str(c) for c in components], theme.token_labels(tokens)
     asked = label("".join(tokens).strip() if prompt is None else prompt)
     hover = [
-        [f"<b>{name}</b> at token {j}: {text}<br>{label(metric)} {values[i, j]:+.3f}<br>prompt: {asked}"
+        [f"<b>{name}</b> at token {j}: {text}<br>{label(metric)} {values[i, j]:+.3f}<br>n = 1 prompt: {asked}"
          for j, text in enumerate(labels)]
         for i, name in enumerate(names)
     ]  # fmt: skip
@@ -64,7 +64,7 @@ def lens_by_token(lens: LensMap) -> go.Figure:
     top = [[label(token.strip()) or "∅" for token in row] for row in lens.top]
     hover = [
         [f"<b>{stream}</b> at token {j}: {text}<br>P({label(lens.answer)}) {lens.p_answer[i, j]:.3f}"
-         f"<br>likeliest: {top[i][j]} {lens.p_top[i, j]:.3f}<br>prompt: {label(lens.prompt)}"
+         f"<br>likeliest: {top[i][j]} {lens.p_top[i, j]:.3f}<br>n = 1 prompt: {label(lens.prompt)}"
          for j, text in enumerate(labels)]
         for i, stream in enumerate(lens.streams)
     ]  # fmt: skip

@@ -96,6 +96,16 @@ def _mask(model, *names):
     return experiment.mask_of(model, [Component.parse(name) for name in names])
 
 
+def test_a_localizers_own_seed_goes_before_the_runs_even_if_it_is_0(tiny_model, tiny_split):
+    found = {}
+    for name, options in {"none": {}, "zero": {"seed": 0}, "five": {"seed": 5}}.items():
+        settings = check_settings(BASIC | {"seed": 3, "localize": {"random_components": options}}, "test")
+        stage = stage_of(settings, tiny_model(), tiny_split)
+        found[name] = experiment.localize(stage, "random_components").options["seed"]
+    assert found == {"none": 3, "zero": 0, "five": 5}
+    assert experiment.localize(stage, "random_components", seed=0).options["seed"] == 0
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_random_components_fill_the_size_of_the_first_arm_whatever_is_drawn(seed, tiny_model, tiny_split):
     arms = [{"localizer": "attribution_patching", "kinds": ["attention"]}, {"localizer": "random_components"}]

@@ -10,6 +10,7 @@ from mechunlearn.components import ROLES, Component
 from mechunlearn.exploration import Exploration, roles_of
 from mechunlearn.explorer import Explorer, explore
 from mechunlearn.localize.pairs import build_pairs, to_batch
+from mechunlearn.localize.retain_contrast import retain_contrast
 from mechunlearn.models import attention_write, head_input, mlp_neurons, mlp_write
 from mechunlearn.prompts import token_roles
 
@@ -58,7 +59,8 @@ def test_roles_of_a_pair_are_those_of_its_prompt(exploration, facts):
 
 @pytest.mark.parametrize("name", ["m1", "a1", "a1.h2", "m1.n7"])
 @pytest.mark.parametrize("how", ["zero", "mean", "donor"])
-def test_an_intervention_is_what_hooking_the_module_by_hand_gives(any_model, tiny_facts, name, how):
+@pytest.mark.parametrize("run", ["clean", "corrupt"])
+def test_an_intervention_is_what_hooking_the_module_by_hand_gives(any_model, tiny_facts, name, how, run):
     facts = tiny_facts.of("colour").facts[:5]
     exploration, component = Exploration(any_model, facts), Component.parse(name)
     pair = exploration.pairs[2]
@@ -72,21 +74,22 @@ def test_an_intervention_is_what_hooking_the_module_by_hand_gives(any_model, tin
         seen.append((inputs[0] if reads else output[0] if isinstance(output, tuple) else output)[0].detach())
 
     handle = module.register_forward_hook(record)
-    runs = [other.clean for other in exploration.pairs.values()] + [pair.corrupt]
-    for ids in runs:
+    own, other = (pair.clean, pair.corrupt) if run == "clean" else (pair.corrupt, pair.clean)
+    for ids in [*(each.clean for each in exploration.pairs.values()), other]:
         _logits(any_model, ids)
     handle.remove()
     position = max(pair.subject)
     rows = [
-        value[i, columns] for value, other in zip(seen, exploration.pairs.values(), strict=False)
-        for i, role in enumerate(roles_of(other)) if role == "subject_last"
+        value[i, columns] for value, each in zip(seen, exploration.pairs.values(), strict=False)
+        for i, role in enumerate(roles_of(each)) if role == "subject_last"
     ]  # fmt: skip
     partner = {c: k for c, k, _ in pair.aligned}[position]
-    new = {"zero": 0.0, "mean": torch.stack(rows).mean(0), "donor": seen[-1][partner, columns]}[how]
+    at, from_ = (position, partner) if run == "clean" else (partner, position)
+    new = {"zero": 0.0, "mean": torch.stack(rows).mean(0), "donor": seen[-1][from_, columns]}[how]
 
     def put(value):
         value = value.clone()
-        value[0, position, columns] = new
+        value[0, at, columns] = new
         return value
 
     if reads:
@@ -95,11 +98,35 @@ def test_an_intervention_is_what_hooking_the_module_by_hand_gives(any_model, tin
         handle = module.register_forward_hook(
             lambda _m, _i, output: (put(output[0]), *output[1:]) if isinstance(output, tuple) else put(output)
         )
-    expected = _difference(pair, _logits(any_model, pair.clean))
+    expected = _difference(pair, _logits(any_model, own))
     handle.remove()
-    found = exploration.intervene(2, component, how, position)
+    found = exploration.intervene(2, component, how, position, run=run)
     assert found.logit_diff_after == pytest.approx(expected, abs=1e-5)
-    assert found.logit_diff_before == pytest.approx(_difference(pair, _logits(any_model, pair.clean)), abs=1e-5)
+    assert found.logit_diff_before == pytest.approx(_difference(pair, _logits(any_model, own)), abs=1e-5)
+
+
+def test_restoring_by_hand_gives_the_cells_of_the_exact_map(exploration):
+    fact = next(i for i, pair in exploration.pairs.items() if len(pair.clean) != len(pair.corrupt))
+    found, aligned = exploration.patching(fact), {c for c, _, _ in exploration.pairs[fact].aligned}
+    for position in range(len(found.tokens)):
+        if position not in aligned:
+            with pytest.raises(ValueError, match=f"token {position} has no partner"):
+                exploration.intervene(fact, found.components[2], "donor", position, run="corrupt")
+            continue
+        outcome = exploration.intervene(fact, found.components[2], "donor", position, run="corrupt")
+        share = (outcome.logit_diff_after - found.corrupt) / (found.clean - found.corrupt)
+        assert share == pytest.approx(found.values[2, position], abs=1e-4)
+
+
+@pytest.mark.parametrize("run", ["clean", "corrupt"])
+def test_at_all_tokens_zero_leaves_nothing_of_either_run(exploration, run):
+    model = exploration.model
+    fact, pair = next((i, pair) for i, pair in exploration.pairs.items() if len(pair.clean) < len(pair.corrupt))
+    handle = mlp_write(model, 0).register_forward_hook(lambda _m, _i, output: output * 0)
+    expected = _difference(pair, _logits(model, getattr(pair, run)))
+    handle.remove()
+    found = exploration.intervene(fact, Component("mlp", 0), "zero", run=run)
+    assert found.logit_diff_after == pytest.approx(expected, abs=1e-5)
 
 
 def test_an_intervention_leaves_the_model_as_it_was(exploration):
@@ -123,6 +150,8 @@ def test_a_component_that_the_model_lacks_is_refused(exploration, component):
 def test_a_token_or_fact_that_is_not_there_is_refused(exploration):
     with pytest.raises(ValueError, match="allowed: zero, mean, donor at 0 to"):
         exploration.intervene(0, Component("mlp", 0), "zero", 99)
+    with pytest.raises(ValueError, match=r"of the other run, allowed: .* of the clean or corrupt run"):
+        exploration.intervene(0, Component("mlp", 0), "zero", run="other")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="got number 12, allowed: 0 to 11"):
         exploration.runs(12)
 
@@ -147,6 +176,23 @@ def test_a_metric_is_passed_on_and_unknown_ones_are_refused(exploration):
         exploration.scores("resample_ablation", "loss")
     with pytest.raises(ValueError, match="Did you mean 'attribution_patching'"):
         exploration.scores("attribution_patchin")
+
+
+def test_localizers_get_the_facts_to_retain_and_the_twin_if_they_take_them(tiny_model, tiny_split):
+    model, twin, facts = tiny_model("llama"), tiny_model("llama", seed=1), tiny_split.forget
+    exploration = Exploration(model, facts, retain=tiny_split.retain_train[:6], twin=twin, seed=2)
+    contrast = exploration.scores("retain_contrast")
+    expected = retain_contrast(model, facts, retain=tiny_split.retain_train[:6], seed=2)
+    np.testing.assert_array_equal(contrast.per_fact, expected.per_fact)
+    assert exploration.scores("forget_retain_contrast").notes["n_retain"] == 6
+    assert exploration.scores("fact_lookup_probe").notes["twin"] == twin.name
+
+
+def test_without_facts_to_retain_no_contrast_is_claimed(exploration):
+    explorer = Explorer(exploration, localizer="retain_contrast", view="this prompt")
+    assert "nothing is subtracted" in _subtitle(explorer.map).replace("<br>", " ")
+    explorer.localizer.value = "forget_retain_contrast"
+    assert "got no facts to retain" in explorer.map.note
 
 
 def test_the_donor_of_the_maps_is_the_donor_of_the_runs(exploration):
@@ -180,8 +226,13 @@ def test_every_choice_in_the_explorer_is_shown(tiny_model, facts, exploration):
     )  # fmt: skip
     explorer.component.value, explorer.how.value = "a1.h2", "donor"
     explorer.position.value = 1
-    outcome = exploration.intervene(2, Component("head", 1, 2), "donor", 1)
-    np.testing.assert_allclose(_array(explorer.changed.figure["data"][1]["x"]), list(outcome.after.values()), atol=1e-6)
+    for run in ("clean", "corrupt"):
+        explorer.run.value = run
+        outcome = exploration.intervene(2, Component("head", 1, 2), "donor", 1, run=run)
+        before, after = explorer.changed.figure["data"]
+        assert before["name"] == f"{run} run"
+        np.testing.assert_allclose(_array(before["x"]), list(outcome.before.values()), atol=1e-6)
+        np.testing.assert_allclose(_array(after["x"]), list(outcome.after.values()), atol=1e-6)
 
 
 def test_no_dropdown_is_empty_before_or_after_a_choice(exploration):
@@ -215,8 +266,6 @@ def test_what_cannot_be_shown_says_why(exploration):
     assert not explorer.changed.figure
     assert "allowed: m3 (MLP)" in explorer.changed.note
     assert "<b>'" not in explorer.changed.note
-    explorer.localizer.value = "forget_retain_contrast"
-    assert "retain" in explorer.map.note
     with pytest.raises(ValueError, match="got view 'no', allowed: this prompt"):
         explore(exploration.model, exploration.facts, view="no")
 
@@ -225,7 +274,7 @@ def test_while_it_computes_the_explorer_says_so_even_where_that_fails(exploratio
     explorer = Explorer(exploration, localizer="attribution_patching", view="this prompt")
     said = []
 
-    def fail(*_):
+    def fail(*_, **__):
         said.append(explorer.changed.note)
         raise RuntimeError("out of memory")
 
@@ -243,7 +292,9 @@ def test_while_it_computes_the_explorer_says_so_even_where_that_fails(exploratio
 def test_a_click_chooses_component_and_token_and_computes_once(exploration, monkeypatch):
     explorer = Explorer(exploration, localizer="attribution_patching", view="this prompt")
     asked, intervene = [], exploration.intervene
-    monkeypatch.setattr(exploration, "intervene", lambda *choice: asked.append(choice) or intervene(*choice))
+    monkeypatch.setattr(
+        exploration, "intervene", lambda *choice, run: asked.append(choice) or intervene(*choice, run=run)
+    )
     explorer.click("m2", 1)
     assert (explorer.component.value, explorer.position.value) == ("m2", 1)
     assert asked == [(0, Component("mlp", 2), "zero", 1)]

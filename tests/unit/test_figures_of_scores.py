@@ -64,13 +64,19 @@ def test_the_hover_of_a_map_holds_students_interval():
         f"{values.mean():+.3f} [{low:+.3f}, {high:+.3f}]<br>n = 4 facts"
         in figures.layer_by_head(scores).data[0].text[0][0]
     )
+    asked = "prompt: &lt;script&gt;alert(1)&lt;/script&gt; 0 lives in, and 3 others"
+    assert figures.layer_by_head(scores, facts=FACTS).data[0].text[0][0].endswith(f"n = 4 facts<br>{asked}")
+    assert figures.component_by_role(_scores(), facts=FACTS).data[0].text[1][2].endswith(asked)
+    assert figures.before_after(_scores(), _scores(1), facts=FACTS).data[2].text[1][2].endswith(asked)
+    with pytest.raises(ValueError, match="got 3 facts, allowed: the 4 scored"):
+        figures.layer_by_head(scores, facts=FACTS[1:])
     alone = replace(scores, per_fact=scores.per_fact[:1])
     assert "[" not in figures.layer_by_head(alone).data[0].text[0][0]
 
 
 def test_a_map_of_tokens_names_the_prompt():
     figure = figures.layer_by_token(np.ones((1, 2)), ["a", HOSTILE], [Component("mlp", 0)])
-    assert figure.data[0].text[0][0].endswith("prompt: a&lt;script&gt;alert(1)&lt;/script&gt;")
+    assert figure.data[0].text[0][0].endswith("n = 1 prompt: a&lt;script&gt;alert(1)&lt;/script&gt;")
 
 
 def test_the_matrix_of_rank_correlations_holds_the_agreement_of_every_pair():
@@ -139,7 +145,7 @@ def test_the_lens_shows_the_answers_probability_and_the_likeliest_word():
     figure = figures.lens_by_token(lens)
     np.testing.assert_allclose(figure.data[0].z, p)
     assert list(figure.data[0].text[0]) == ["x", "y"]
-    assert "likeliest: z 0.950" in figure.data[0].hovertext[1][1]
+    assert "likeliest: z 0.950<br>n = 1 prompt: a &lt;script" in figure.data[0].hovertext[1][1]
     assert HOSTILE not in _text(figure)
 
 
@@ -189,6 +195,17 @@ def test_a_circuit_keeps_the_strongest_edges_on_a_path_with_width_by_size_and_co
     assert len(figures.circuit(_edges(), n_edges=3, paths_only=False).data) == 4
 
 
+def test_every_layer_of_a_circuit_is_named_once_and_no_node_is_cut_off():
+    figure = figures.circuit(_edges(), n_edges=9, paths_only=False)
+    assert list(figure.layout.yaxis.ticktext) == ["embedding", "0", "answer"]
+    values = np.zeros((1, 2, 2))
+    values[0, 0, 0], values[0, 1, 1] = 1, 1
+    alone = EdgeScores(metric="", sign="", writers=("embed", "m2"), readers=("m2", "logits"), per_fact=values)
+    figure = figures.circuit(alone)
+    assert list(figure.layout.yaxis.ticktext) == ["embedding", "2", "answer"]
+    assert figure.data[-1].cliponaxis is False
+
+
 def test_a_circuit_without_a_path_or_edges_is_refused():
     with pytest.raises(ValueError, match="none of the 1 strongest edges lies on a path"):
         figures.circuit(_edges(), n_edges=1)
@@ -228,7 +245,13 @@ def test_two_maps_of_a_prompt_are_shown_with_their_difference():
     figure = figures.maps_before_after(a, b, rows=["m0"], columns=["x", HOSTILE])
     assert [np.array(trace.z).tolist() for trace in figure.data] == [[[1, -2]], [[0.5, 4]], [[-0.5, 6]]]
     assert figure.layout.coloraxis.cmax == 6
+    asked = figures.maps_before_after(a, b, rows=["m0"], columns=["x", "y"], prompt=HOSTILE)
+    assert asked.data[2].text[0][1].endswith("score +6.000<br>n = 1 prompt: &lt;script&gt;alert(1)&lt;/script&gt;")
     assert HOSTILE not in _text(figure)
+    long = figures.maps_before_after(
+        np.ones((1, 13)), np.ones((1, 13)), rows=["m0"], columns=[str(i) for i in range(13)]
+    )
+    assert long.layout.xaxis3.dtick == 1  # every token is named
     with pytest.raises(ValueError, match="allowed: \\(1, 1\\) for both"):
         figures.maps_before_after(a, b, rows=["m0"], columns=["x"])
 

@@ -94,6 +94,8 @@ def test_the_contrast_of_a_set_with_itself_is_zero_and_without_retained_facts_sh
     plain = held_patching(model, facts, held=())
     np.testing.assert_allclose(alone.values, plain.values / np.abs(plain.values).sum(), atol=1e-6)
     assert alone.notes["n_retain"] == 0
+    assert "nothing is subtracted" in alone.sign
+    assert "less the retained facts' share" in same.sign
 
 
 def test_the_contrast_is_the_difference_of_two_profiles(tiny_model, tiny_split):

@@ -3,14 +3,23 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 
+from mechunlearn.attack.results import AttackResult, Health
 from mechunlearn.components import Component, ComponentScores
+from mechunlearn.edit.edits import WeightEdit
+from mechunlearn.evaluate.results import Evaluation
 from mechunlearn.facts import Fact, FactSet
 from mechunlearn.html_card import html_card
 from mechunlearn.localize.edges import EdgeScores
 from mechunlearn.localize.faithfulness import FaithfulnessCurve
+from mechunlearn.localize.lens_map import LensMap
+from mechunlearn.localize.patching_map import PatchingMap
+from mechunlearn.localize.stability import Stability
 from mechunlearn.masks import mask_of
+from mechunlearn.runs import Cell, Run
 from mechunlearn.verdict import AttackRow, Verdict
 
 HOSTILE = "<script>alert('1')</script>"
@@ -79,6 +88,78 @@ def test_edges_curves_masks_and_verdicts_show_their_numbers(tiny_model):
     assert "hidden (still expressed)" in shown
     assert "0.321" in shown
     for text in (card, curve._repr_html_(), shown):
+        assert "<script" not in text
+
+
+def test_models_and_edits_show_what_they_are_made_of(tiny_model):
+    model = tiny_model("llama")
+    card = replace(model, name=HOSTILE)._repr_html_()
+    assert "4 heads (2 with keys and values) and 48 neurons" in card
+    assert f"{sum(p.numel() for p in model.hf.parameters()):,}" in card
+    mask = mask_of(model, [Component("mlp", 1)])
+    edit = WeightEdit(
+        values={name: torch.zeros(int(mask.full(name).sum())) for name in mask.entries}, mask=mask, base_name=HOSTILE,
+        base_sha256="0123456789abcdef", method=HOSTILE, options={HOSTILE: 0.25}, history=(2.0, 1.0, 0.5),
+    )  # fmt: skip
+    shown = edit._repr_html_()
+    for text in (f"{mask.n_selected:,}", "m1", "0123456789ab)", "2.000 to 0.500 in 3 steps", "0.250"):
+        assert text in shown
+    assert "training loss" not in replace(edit, history=())._repr_html_()
+    for text in (card, shown):
+        assert "<script" not in text
+
+
+def test_attacks_and_runs_show_what_came_back():
+    columns = {"subject": ["a", "b"], "relation": "r", "answer": "x", "part": "forget_hidden", "step": 3}
+    rows = pd.DataFrame({**columns, "setting": HOSTILE, "p_true": [0.5, 0.75], "correct": [True, True], "top": "x"})
+    before = rows.assign(p_true=0.125, correct=False)
+    attack = AttackResult(
+        attack="relearning", access="weights", decides=True, rows=rows, before=before, chosen=HOSTILE, chosen_step=3,
+        health=Health(perplexity_ratio=9.0), options={}, seed=0, model=HOSTILE, notes={},
+    )  # fmt: skip
+    card = attack._repr_html_()
+    for text in (">0.125<", ">0.625<", ">1.000<", "step 3", "perplexity x9.00"):
+        assert text in card
+    verdict = Verdict(label="hidden", still_expressed=True, rows=(), reason="", settle=None, delta=0.1, denominator=0.9,
+                      null="twin")  # fmt: skip
+    evaluation = Evaluation(rows=pd.DataFrame(), options={})
+    cell = Cell(name=HOSTILE, role="arm", verdict=verdict, evaluation=evaluation, edited=(attack,), null=(attack,),
+                components=("m1", "m2"), share=0.25)  # fmt: skip
+    manifest = {"name": HOSTILE, "model": {"name": "atlas"}, "twin": None}
+    run = Run(manifest=manifest, scores={}, agreement=pd.DataFrame(), cells=(cell,))._repr_html_()
+    for text in ("<b>model</b>: atlas", "m1, m2", "25.0%", "hidden (still expressed)"):
+        assert text in run
+    assert "twin" not in run
+    for text in (card, run):
+        assert "<script" not in text
+
+
+def test_maps_of_one_prompt_and_stability_show_their_numbers():
+    values = np.zeros((3, 4))
+    values[1, 2], values[2, 3] = 0.75, -0.875
+    patching = PatchingMap(
+        tokens=("a", HOSTILE, " b", " c"), components=tuple(Component("mlp", i) for i in range(3)), values=values,
+        clean=2.0, corrupt=-1.0, donor=HOSTILE,
+    )  # fmt: skip
+    card = patching._repr_html_()
+    assert card.index("-0.875") < card.index("0.750")
+    assert ">m1<" in card
+    assert ">2:  b<" in card
+    assert card.count("<tr>") == 9
+    p = np.linspace(0, 1, 20).reshape(10, 2)
+    lens = LensMap(
+        prompt=HOSTILE, tokens=("a", "b"), streams=tuple(f"m{i}" for i in range(10)), answer=HOSTILE, p_answer=p,
+        top=(("x", HOSTILE),) * 10, p_top=p,
+    )  # fmt: skip
+    shown = lens._repr_html_()
+    assert ">m9<" in shown
+    assert ">m1<" not in shown
+    assert ">1.000<" in shown
+    stability = Stability(subjects=0.875, subjects_lower=0.5, n_subjects=7, forms=0.25, n_forms=2)
+    assert ">0.875<" in stability._repr_html_()
+    assert "forms" in stability._repr_html_()
+    assert "forms" not in replace(stability, forms=float("nan"), n_forms=1)._repr_html_()
+    for text in (card, shown):
         assert "<script" not in text
 
 
