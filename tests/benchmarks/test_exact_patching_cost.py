@@ -7,14 +7,12 @@ import statistics
 
 import pytest
 import torch
-import transformers
 
 from mechunlearn.activations import hooked, last_logits, place_of, untouched
-from mechunlearn.facts import Fact
 from mechunlearn.localize.pairs import build_pairs, to_batch
 from mechunlearn.localize.patching import component_effects, exchange
 from mechunlearn.localize.scoring import measure_of
-from mechunlearn.models import all_components, wrap_model
+from mechunlearn.models import all_components
 
 pytestmark = pytest.mark.benchmark
 
@@ -22,22 +20,9 @@ N_LAYERS, WIDTH = 12, 256
 
 
 @pytest.mark.parametrize("kinds", [("mlp",), ("attention",), ("mlp", "attention")], ids="+".join)
-def test_exact_patching_costs_less_than_cells_times_a_forward(kinds, tokenizer, median, record_property):
+def test_exact_patching_costs_less_than_cells_times_a_forward(random_llama, facts, kinds, median, record_property):
     torch.set_num_threads(1)
-    config = transformers.LlamaConfig(
-        vocab_size=5000, hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=N_LAYERS,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = wrap_model(transformers.LlamaForCausalLM(config), tokenizer)
-    facts = [
-        Fact(
-            subject=f"Bram {letter * 2} Lindqvist", relation="r", prompt="The favourite colour of {} is",
-            target_true=answer, choices=("red", "blue"),
-        )
-        for letter, answer in zip("abcdefgh", ["red", "blue"] * 4, strict=True)
-    ]  # fmt: skip
+    model = random_llama(N_LAYERS, WIDTH)
     batch = to_batch(model, build_pairs(model, facts))
     width = batch.roles.shape[1]
     selected = torch.eye(width, dtype=torch.bool)[:, None] & batch.roles.any(dim=2)
