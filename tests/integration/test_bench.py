@@ -1,11 +1,13 @@
-"""The verdict on models of known truth, in small: what `mechunlearn bench verdict --quick` does."""
+"""The verdict on models of known truth, in small: what `mechunlearn bench verdict --quick` does (some four minutes)."""
 
 import pandas as pd
+import pytest
 from typer.testing import CliRunner
 
 from mechunlearn.cli import app
 
 
+@pytest.mark.slow
 def test_the_quick_bench_is_not_confidently_wrong_and_every_suppression_is_recovered(tmp_path):
     found = CliRunner().invoke(app, ["bench", "verdict", "--quick", "--out", str(tmp_path / "bench")])
     assert found.exit_code == 0, found.output
