@@ -90,7 +90,7 @@ def localize(
     model: ModelOption = "atlas",
     facts: FactsOption = "people-256",
     forgotten: ForgottenOption = None,
-    method: MethodOption = "attribution_patching",
+    method: MethodOption = "relevance_patching",
     twin: TwinOption = None,
     forms: Annotated[
         int, typer.Option("--forms", min=1, help="Forms of the prompt whose rankings are compared; 1: the prompt only.")
@@ -337,7 +337,7 @@ def bench_planted(
     config: Annotated[
         str, typer.Argument(help="A preset or TOML file with the ladder and the localizers.")
     ] = "bench-planted",
-    quick: Annotated[bool, typer.Option("--quick", help="Two small bases of three plants, three localizers.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two small bases of three plants, four localizers.")] = False,
     out: Annotated[Path, typer.Option("--out", help="Folder of the ladder, its scores and the tables.")] = Path(
         ".runs/planted"
     ),

@@ -81,8 +81,12 @@ def choose_facts(settings: FactsSettings, *, seed: int = 0) -> tuple[FactSet, tu
         return facts.where(lambda fact: fact.key not in others), chosen  # a twin never read the others: not retained
     facts = load_facts(settings.source, format=settings.format)
     pool = facts.of(settings.relation) if settings.relation else facts
-    half = None if settings.relation else max(4, len({fact.subject for fact in pool}) // 2)
-    n = settings.n or half
+    subjects = len({fact.subject for fact in pool})
+    if subjects < 4:
+        raise ValueError(
+            f"{settings.source}: got facts of {subjects} subjects, allowed: 4 or more, to forget and to keep"
+        )
+    n = settings.n or (None if settings.relation else max(4, subjects // 2))
     return facts, balanced_sample(pool, n, seed) if n else pool.facts
 
 

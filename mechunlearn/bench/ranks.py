@@ -120,13 +120,15 @@ def interval_over_bases(means: Sequence[float] | np.ndarray) -> Interval:
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean of every metric by part, kind of plant ("all" too) and localizer, over bases, with intervals.
+    """Mean of every metric by part, group (kind of plant, architecture, all) and localizer, with intervals over bases.
 
     Args:
         rows: one a (plant, localizer): part, base, plant, group, localizer, the metrics and, if there, those of
             `CELLS`; NaN: not scored.
     """
     both = pd.concat([rows, rows.assign(group="all")])
+    if "architecture" in rows:
+        both = pd.concat([both, rows.assign(group=rows["architecture"])])
     table = []
     keys = ["part", "group", "localizer"]
     for key, own in both.groupby(keys, sort=False):
