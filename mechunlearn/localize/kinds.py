@@ -12,10 +12,10 @@ def components_of(
     """Every component of the given kinds, each kind once.
 
     Raises:
-        ValueError: no kinds.
+        ValueError: no kinds, or a single word instead of several.
     """
-    if not kinds:
-        raise ValueError(f"{method}: option 'kinds': got none, allowed: {', '.join(allowed)}")
+    if not kinds or isinstance(kinds, str):
+        raise ValueError(f"{method}: option 'kinds': got {kinds or 'none'}, allowed: a list of {', '.join(allowed)}")
     return all_components(model, tuple(dict.fromkeys(kinds)))
 
 
