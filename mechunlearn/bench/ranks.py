@@ -59,9 +59,7 @@ def cell_metrics(
     """
     if len(scores.roles) < 2:
         return dict.fromkeys(CELLS, nan)
-    per_fact = scores.per_fact
-    cells = np.abs(per_fact).mean(axis=0) if how == "mean_of_abs" else per_fact.mean(axis=0)
-    cells = np.abs(cells) if how == "abs_of_mean" else cells
+    cells = np.stack([scores.at(role).reduced(how) for role in scores.roles], axis=1)
     true = {*true_roles, *(["subject"] if any(role.startswith("subject") for role in true_roles) else [])}
     kind = [i for i, component in enumerate(scores.components) if component.kind == planted[0].kind]
     own = [scores.components.index(component) for component in planted]

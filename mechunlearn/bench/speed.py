@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -39,6 +39,8 @@ class Size:
     tokens: int = 32
 
 
+_7B = Size(name="llama-7b", family="llama", n_layers=32, d_model=4096, n_heads=32, n_kv_heads=32, d_mlp=11008,
+           d_vocab=32000)  # fmt: skip
 _SIZES = (
     Size(name="llama-8x128", family="llama", n_layers=8, d_model=128, n_heads=4, n_kv_heads=4, d_mlp=384, d_vocab=1699),
     Size(name="llama-4x256", family="llama", n_layers=4, d_model=256, n_heads=4, n_kv_heads=4, d_mlp=768, d_vocab=5000),
@@ -46,10 +48,8 @@ _SIZES = (
          d_vocab=50257),
     Size(name="llama-12x768", family="llama", n_layers=12, d_model=768, n_heads=12, n_kv_heads=4, d_mlp=2048,
          d_vocab=32000),
-    Size(name="llama-7b", family="llama", n_layers=32, d_model=4096, n_heads=32, n_kv_heads=32, d_mlp=11008,
-         d_vocab=32000),
-    Size(name="llama-7b-one-prompt", family="llama", n_layers=32, d_model=4096, n_heads=32, n_kv_heads=32, d_mlp=11008,
-         d_vocab=32000, batch=1),
+    _7B,
+    replace(_7B, name="llama-7b-one-prompt", batch=1),
 )  # fmt: skip
 SIZES: Mapping[str, Size] = {size.name: size for size in _SIZES}
 

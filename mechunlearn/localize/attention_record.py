@@ -146,7 +146,7 @@ def head_effects(
     rest, mean = _without_each_key(old, gradient)
     rest, mean, old, own = (_columns(found, at) for found in (rest, mean, old, gradient))
     share, changed = torch.sigmoid(old - rest), torch.sigmoid(new - rest)
-    by_key = ((changed - share) * (own - mean)).sum(-2).to(by_query.dtype)
+    by_key = ((changed - share) * (own - mean)).sum(-2)
 
     moved = rows(clean.values, there) - rows(corrupt.values.detach(), at)
     by_value = (moved * rows(value_gradient, at)).sum(-1)

@@ -19,9 +19,8 @@ def relevance_rules(model: Model, rules: Sequence[Rule] = RULES) -> Iterator[Non
     """Inside, gradients follow the rules of layer-wise relevance propagation.
 
     norms: every LayerNorm and RMSNorm, known by "Norm" in its class's name, divides by a scale that counts as a
-    constant. activations: the nonlinearity of
-    an MLP counts as multiplication by its own ratio act(x) / x (0 at x = 0), and where the MLP is gated, each factor
-    of gate * up receives half of the gradient.
+    constant. activations: the nonlinearity of an MLP counts as multiplication by its own ratio act(x) / x (0 at x = 0),
+    and where the MLP is gated, each factor of gate * up receives half of the gradient.
 
     Raises:
         NotSupported: a norm at the residual stream by another name, one that computes something else, found when it

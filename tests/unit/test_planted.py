@@ -17,6 +17,7 @@ from mechunlearn.bench import planted_scores
 from mechunlearn.bench.ladder import Verification, reverted, verify
 from mechunlearn.bench.planted_settings import PlantedSettings, load_planted
 from mechunlearn.bench.ranks import (
+    cell_metrics,
     depth_prior,
     differences,
     interval_over_bases,
@@ -25,7 +26,7 @@ from mechunlearn.bench.ranks import (
     summarize,
 )
 from mechunlearn.checkpoints import load_model
-from mechunlearn.components import Component
+from mechunlearn.components import Component, ComponentScores
 from mechunlearn.edit.edits import applied, load_edit
 from mechunlearn.masks import mask_of
 from mechunlearn.metrics import score_facts
@@ -331,3 +332,29 @@ def test_the_figure_shows_every_localizer_of_the_part_kept_out():
     assert "3 of 4 plants" in figure.layout.title.subtitle.text
     assert {trace.type for trace in figure.data} == {"scatter", "heatmap"}
     assert set(figure.data[-1].y) == {"random", "depth prior"}
+
+
+def test_a_cell_is_right_in_component_and_role():
+    def scored(values, roles=("subject", "last")):
+        shared = {"method": "m", "metric": "logit_diff", "sign": "+", "components": (M0, M1), "roles": roles}
+        return ComponentScores(**shared, per_fact=np.array(values, dtype=float))
+
+    right = scored([[[0, 2], [3, 1]], [[0, 2], [3, 1]]])  # m1 at the subject
+    assert cell_metrics(right, [M1], ["subject_last"]) == {"cell hit@1": 1, "role": 1}
+    assert cell_metrics(right, [M1], ["last"]) == {"cell hit@1": 0, "role": 0}
+    assert cell_metrics(right, [M0], ["last"]) == {"cell hit@1": 0, "role": 1}
+    tied = scored([[[0, 3], [3, 1]]])
+    assert cell_metrics(tied, [M1], ["subject_last"]) == {"cell hit@1": 0, "role": 1}
+    signs = scored([[[0, 5], [3, 0]], [[0, -5], [3, 0]]])  # m0 at the last token cancels in the mean alone
+    assert cell_metrics(signs, [M0], ["last"], "mean_of_abs")["cell hit@1"] == 1
+    assert cell_metrics(signs, [M0], ["last"])["cell hit@1"] == 0
+    assert isnan(cell_metrics(scored([[[1], [2]]], roles=("all",)), [M1], ["last"])["cell hit@1"])
+
+
+def test_common_options_go_to_the_localizers_that_have_them_and_yield_to_their_own():
+    lines = {line.name: line.options for line in load_planted("bench-planted").lines()}
+    assert lines["relevance_patching"]["pairs_per_fact"] == lines["activation_patching"]["pairs_per_fact"] == 3
+    assert "pairs_per_fact" not in lines["logit_lens"]
+    own = {"method": "relevance_patching", "options": {"pairs_per_fact": 2}}
+    settings = load_planted("bench-planted").model_dump() | {"localizers": [own], "every_localizer": False}
+    assert [line.options["pairs_per_fact"] for line in PlantedSettings(**settings).lines()] == [2]
