@@ -65,6 +65,39 @@ def masked_trainable(model: Model, mask: ParameterMask) -> Trainable:
     return Trainable(leaves={name: leaf(name) for name in bases}, compute=compute)
 
 
+def low_rank_trainable(model: Model, mask: ParameterMask, rank: int, *, seed: int = 0) -> Trainable:
+    """Low-rank updates inside a mask: W' = W + M * (B A), with M the mask of the matrix, 0 or 1.
+
+    Gradients and optimizer state take rank * (d_in + d_out) floats a matrix. Biases in the mask stay as they are.
+    Shapes: as in `lora_trainable`, but d_out and d_in are the parameter's own axes, whichever way it is stored.
+
+    Raises:
+        ValueError: rank below 1, or a mask without a matrix.
+
+    Source: Hu et al. 2021, arXiv:2106.09685; masked here.
+    """
+    parameters = dict(model.hf.named_parameters())
+    bases = {name: parameters[name].detach() for name in mask.entries if parameters[name].ndim == 2}
+    if rank < 1 or (mask.entries and not bases):
+        raise ValueError(f"low rank: got rank {rank}, {len(bases)} matrices, allowed: rank >= 1 and a masked matrix")
+    selected = {name: None if mask.is_whole(name) else mask.entries[name].to(model.device) for name in bases}
+    generator = torch.Generator().manual_seed(seed)
+    leaves: dict[str, nn.Parameter] = {}
+    for name, base in bases.items():
+        drawn = torch.randn(rank, base.shape[1], generator=generator) / base.shape[1] ** 0.5
+        leaves[f"{name}.A"] = nn.Parameter(drawn.to(model.device))
+        leaves[f"{name}.B"] = nn.Parameter(torch.zeros(base.shape[0], rank, device=model.device))
+
+    def compute(leaves: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        made = {}
+        for name, base in bases.items():
+            update, where = (leaves[f"{name}.B"] @ leaves[f"{name}.A"]).to(base.dtype), selected[name]
+            made[name] = base + (update if where is None else update * where)
+        return made
+
+    return Trainable(leaves=leaves, compute=compute)
+
+
 def lora_trainable(
     model: Model, rank: int, *, layers: Iterable[int] | None = None, alpha: float | None = None, seed: int = 0
 ) -> Trainable:
@@ -131,7 +164,7 @@ def train(
         schedule: "cosine" falls from `learning_rate` to 0 after the last step.
         clip: largest norm of the gradient over all leaves.
         on_step: called with the number of steps done, after each; may look at the model `substituted` with the
-            current `trainable.overrides()`.
+            current `trainable.overrides()`, and ends the training by returning True.
 
     Returns:
         The loss of each step, taken before its update.
@@ -155,7 +188,7 @@ def train(
         for step in range(steps):
             total = 0.0
             for micro in range(accumulation):
-                value = loss(step * accumulation + micro, _forward(model, trainable.overrides())) / accumulation
+                value = loss(step * accumulation + micro, forward_of(model, trainable.overrides())) / accumulation
                 value.backward()
                 total += float(value.detach())
             if not math.isfinite(total):
@@ -165,8 +198,8 @@ def train(
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
             history.append(total)
-            if on_step is not None:
-                on_step(step + 1)
+            if on_step is not None and on_step(step + 1) is True:
+                break
     return tuple(history)
 
 
@@ -178,7 +211,9 @@ def _constant(_: float) -> float:
     return 1.0
 
 
-def _forward(model: Model, overrides: dict[str, Tensor]) -> Forward:
+def forward_of(model: Model, overrides: dict[str, Tensor]) -> Forward:
+    """The forward pass of the model with these tensors in place of its parameters; the model object is not touched."""
+
     def forward(ids: Int[Tensor, "row pos"], kept: Int[Tensor, " kept"]) -> Float[Tensor, "row kept d_vocab"]:
         options = {"use_cache": False, "logits_to_keep": kept}
         # tied weights (embedding, unembedding) are never among the stand-ins, and looking for them takes time
