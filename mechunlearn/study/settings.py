@@ -1,0 +1,122 @@
+"""What the study runs: a preset (task and size) on a model, whose own file says what suits its size."""
+
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mechunlearn.components import Component
+from mechunlearn.registry import did_you_mean
+from mechunlearn.settings import FactsSettings, Options, Strict, check
+
+TaskName = Literal["athletes", "sport", "counterfact"]
+Trial = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
+"""[learning rate, weight of the edit's own term]."""
+
+
+class TaskSettings(Strict):
+    """How one kind of task is done on one model."""
+
+    facts: FactsSettings
+    n_mlps: Annotated[int, Field(ge=1)]
+    """MLPs that fact lookup may edit; every arm that is matched to it edits exactly as many entries."""
+    steps: Annotated[int, Field(ge=1)] = 50
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    max_damage: Annotated[float, Field(gt=0)] = 0.05
+    """KL(original || edited) on retained prompts, nats a token: every edit ends there at the latest."""
+    trials: Annotated[list[Trial], Field(min_length=1)]
+    """What the tuner tries, the same for every arm."""
+    start: dict[str, Trial] = {}
+    """Arm -> the values published for it; tried first, so the list of this arm is one longer where they are not in it."""
+    components: dict[str, list[str]] = {}
+    """Arm -> the components published for it: used with `published_components`, and compared with what is found here."""
+
+    @model_validator(mode="after")
+    def _known_components(self) -> "TaskSettings":
+        for names in self.components.values():
+            for name in names:
+                Component.parse(name)
+        return self
+
+
+class ModelSettings(Strict):
+    """A model of the study: what to load, and what suits its size."""
+
+    name: str
+    model: str
+    """What `load_model` takes: a bundled organism, a folder, a hub name."""
+    twin: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    config: str | None = None
+    """File beside this one with the Hugging Face configuration, for a dry run without the hub."""
+    tasks: dict[TaskName, TaskSettings]
+    quick: dict[str, Options]
+    """Attacks on every arm."""
+    standard: dict[str, Options]
+    """Attacks on the localized, the random-MLP and the non-localized arm."""
+
+
+class StudySettings(Strict):
+    """One preset of the study."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    task: TaskName
+    n: Annotated[int, Field(ge=4)] | None = None
+    """Facts to forget, drawn anew under every seed; None: all of them."""
+    blocks: Annotated[int, Field(ge=1)] = 1
+    """Parts that are forgotten one after another, each located anew."""
+    model: str = "atlas"
+    """Which model's file: the line to change."""
+    seed: int = 0
+    seeds: Annotated[int, Field(ge=1)] = 5
+    draws: Annotated[int, Field(ge=1)] = 2
+    """Draws of random MLPs under every seed."""
+    published_components: bool = False
+    device: str = "auto"
+    workers: Annotated[int, Field(ge=1)] = 2
+
+
+def study_presets() -> tuple[str, ...]:
+    """Names of the presets of the study."""
+    return _names("study")
+
+
+def study_models() -> tuple[str, ...]:
+    """Names of the models that have a file."""
+    return _names("models")
+
+
+def load_study(name_or_path: str | Path, **changes: Any) -> tuple[StudySettings, ModelSettings]:
+    """Read a preset and its model's file, each by name or by path; a change that is None is none.
+
+    Raises:
+        FileNotFoundError: neither a preset nor a file.
+        ValueError: broken syntax, an unknown key, a value out of range, or a model without this task.
+    """
+    path, data = _read(name_or_path, "study")
+    given = {"name": path.stem, **data} | {key: value for key, value in changes.items() if value is not None}
+    study = check(StudySettings, given, str(path))
+    where, about = _read(study.model, "models")
+    model = check(ModelSettings, {"name": where.stem, **about}, str(where))
+    if study.task not in model.tasks:
+        raise ValueError(f"{where}: got no task '{study.task}', allowed for {model.name}: {', '.join(model.tasks)}")
+    return study, model
+
+
+def _names(folder: str) -> tuple[str, ...]:
+    home = files("mechunlearn.presets") / folder
+    return tuple(sorted(Path(str(p)).stem for p in home.iterdir() if str(p).endswith(".toml")))
+
+
+def _read(name_or_path: str | Path, folder: str) -> tuple[Path, dict[str, Any]]:
+    names, path = _names(folder), Path(name_or_path)
+    if str(name_or_path) in names:
+        path = Path(str(files("mechunlearn.presets"))) / folder / f"{name_or_path}.toml"
+    elif not path.is_file():
+        raise FileNotFoundError(f"no preset or file {str(name_or_path)!r}.{did_you_mean(str(name_or_path), names)}")
+    try:
+        return path, tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from None
