@@ -20,6 +20,8 @@ class TaskSettings(Strict):
     """How one kind of task is done on one model."""
 
     facts: FactsSettings
+    target: str | None = None
+    """The wrong answer for all facts; None: one drawn for each."""
     n_mlps: Annotated[int, Field(ge=1)]
     """MLPs that fact lookup may edit; every arm that is matched to it edits exactly as many entries."""
     steps: Annotated[int, Field(ge=1)] = 50
