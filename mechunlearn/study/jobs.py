@@ -22,7 +22,7 @@ from mechunlearn.edit import EDITORS
 from mechunlearn.edit.budget import set_aside
 from mechunlearn.edit.edits import WeightEdit, applied
 from mechunlearn.evaluate import Baseline, Evaluation, evaluate, take_baseline
-from mechunlearn.facts import FactSplit
+from mechunlearn.facts import FactSplit, with_edit_targets
 from mechunlearn.masks import ParameterMask, mask_of
 from mechunlearn.metrics import score_facts
 from mechunlearn.models import Model
@@ -53,11 +53,14 @@ class Job:
     options: Mapping[str, Any] = field(default_factory=dict)
     suppression: str | None = None
     """A positive control in place of an edit."""
+    false_labels: bool = False
+    """Relearn wrong answers, as the paper's CounterFact attack did; see `with_false_labels`."""
 
     @property
     def attacks(self) -> Mapping[str, Mapping[str, Any]]:
         """The attacks of its level, with their options."""
-        return {"tune": {}, "quick": self.model.quick, "standard": self.model.standard}[self.level]
+        attacks = {"tune": {}, "quick": self.model.quick, "standard": self.model.standard}[self.level]
+        return {"relearning": attacks["relearning"]} if self.false_labels else attacks
 
     @property
     def digest(self) -> str:
@@ -66,7 +69,7 @@ class Job:
         data = [
             self.model.model, self.model.twin, self.model.dtype, task, self.study.n, self.study.blocks, self.seed, self.on,
             self.level, self.attacks, self.blocks, self.n_entries, self.editor, self.options, self.suppression,
-            version("mechunlearn"),
+            self.false_labels, version("mechunlearn"),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -106,7 +109,8 @@ def carry_out(job: Job, home: Path) -> str:
     if model is None:
         raise ValueError(f"study {job.study.name}: model '{job.model.name}' has no twin")
     split = fabricated_split(deal.split, seed=job.seed) if job.on == "made-up" else deal.split
-    baseline = take_baseline(model, deal.split) if job.on == "model" else None
+    split = with_false_labels(split, job.seed) if job.false_labels else split
+    baseline = take_baseline(model, deal.split) if job.on == "model" and not job.false_labels else None
     record: dict[str, Any] = {"digest": job.digest, "seed": job.seed, "on": job.on, "level": job.level}
     with ExitStack() as stack:
         edits = _edits(job, deal, model, stack)
@@ -159,6 +163,19 @@ def _edits(job: Job, deal: Deal, model: Model, stack: ExitStack) -> list[WeightE
 def exact_mask(model: Model, components: Sequence[str], n_entries: int | None) -> ParameterMask:
     """The mask of the components, the last of them cut so that it has exactly `n_entries`."""
     return mask_of(model, [Component.parse(name) for name in components])
+
+
+def with_false_labels(split: FactSplit, seed: int) -> FactSplit:
+    """The split with wrong answers to everything an attacker trains or chooses on; the hidden facts stay true.
+
+    So the paper's relearning attack on CounterFact was run: shown facts with the injected answer, retained ones with a
+    wrong one (section 5.2 of reference/mechanistic-unlearning.md). It cannot measure what comes back.
+    """
+    parts = {}
+    for part in ("forget_shown", "attack_dev", "retain_train"):
+        facts = with_edit_targets(getattr(split, part), seed=seed)
+        parts[part] = tuple(replace(fact, target_true=fact.target_new, target_new=None) for fact in facts)
+    return replace(split, **parts)
 
 
 def measure(model: Model, deal: Deal, *, baseline: Baseline, seed: int) -> Evaluation:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mechunlearn.experiment import process_pool
 from mechunlearn.files import whole_file
-from mechunlearn.study.arms import ARMS, DRAWN, Arm, arm_named, n_matched, ranked_components
+from mechunlearn.study.arms import ARMS, DRAWN, LOOKUP, NONLOCALIZED, Arm, arm_named, n_matched, ranked_components
 from mechunlearn.study.deals import dealt
 from mechunlearn.study.jobs import Job, Level, Outcome, carry_out, is_done
 from mechunlearn.study.settings import ModelSettings, StudySettings
@@ -22,6 +22,9 @@ CONTROLS: Mapping[str, Mapping[str, Any]] = {
     "lora": {"steps": 60, "batch_size": 24, "learning_rate": 6e-3},
 }
 """Positive controls and their options: attacks that bring these back can show that something is hidden."""
+COPIED = ("random-mlps#0", NONLOCALIZED)
+"""Arms that are run a second time with fact lookup's options, as the paper tuned some arms and copied to others."""
+LEVELS: tuple[Level, ...] = ("quick", "standard")
 SECONDS: Mapping[Level, float] = {"tune": 9.0, "quick": 25.0, "standard": 75.0}
 """Of one job on one core, before any has been measured."""
 
@@ -142,7 +145,7 @@ def lines(part: Part, best: Mapping[str, Mapping[str, Any]]) -> list[Line]:
         found.append(Line(preset=study.name, arm=name, seed=seed, level=level, edited=job, null=other))
 
     for seed in part.seeds:
-        for level in ("quick", "standard"):
+        for level in LEVELS:
             plain = Job(study=study, model=part.model, seed=seed, level=level)
             if level == "quick" or seed == study.seed:
                 add("original", seed, level, plain)
@@ -159,6 +162,11 @@ def lines(part: Part, best: Mapping[str, Mapping[str, Any]]) -> list[Line]:
             add(name, seed, "quick", part.job(name, seed, best[arm.name]))
             if arm.standard and name.partition("#")[2] in ("", "0"):
                 add(name, seed, "standard", part.job(name, seed, best[arm.name], level="standard"))
+        for name in COPIED:
+            if arm_named(name) in part.arms and study.blocks == 1:
+                add(f"{arm_named(name).name}, tuned as {LOOKUP}", seed, "quick", part.job(name, seed, best[LOOKUP]))
+        if study.blocks == 1:
+            add(f"{LOOKUP}, false labels", seed, "quick", part.job(LOOKUP, seed, best[LOOKUP], false_labels=True))
     return found
 
 
