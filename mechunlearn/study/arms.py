@@ -62,7 +62,8 @@ def ranked_components(
 ) -> tuple[str, ...]:
     """The arm's components, as many as it takes to hold the matched number of entries.
 
-    They are in the model's order where they hold exactly that number; else best first, and `exact_mask` cuts the last. Probing looks at all known facts of the forgotten
+    They are in the model's order where they hold exactly that number; else best first, and `exact_mask` cuts the last.
+    Probing looks at all known facts of the forgotten
     relations, as the source does; the other localizers at the facts to forget.
 
     Args:

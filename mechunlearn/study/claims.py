@@ -1,8 +1,9 @@
-"""The paper's claims, each put to the study's own numbers: it holds, it does not, or it cannot be told here, and why."""
+"""The paper's claims, each put to the study's numbers: it holds, does not, or cannot be told here, and why."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 import pandas as pd
 
@@ -63,7 +64,8 @@ def claim_table(tables: StudyTables) -> pd.DataFrame:
     broken = {(r["preset"], r["level"], r["arm"], r["measure"].partition(",")[0]) for r in unhealthy.to_dict("records")}
     rows = []
     for claim in CLAIMS:
-        for (preset, level, arm), group in tables.differences.groupby(["preset", "level", "arm"], sort=False):
+        groups: Any = tables.differences.groupby(["preset", "level", "arm"], sort=False)  # pandas has no complete types
+        for (preset, level, arm), group in groups:
             found = {row["measure"]: row for row in group.to_dict("records")}
             told = [(found[m], sign) for m, sign in claim.measures if m in found]
             if not told:
@@ -111,9 +113,9 @@ def published() -> pd.DataFrame:
 def beside_published(tables: StudyTables) -> pd.DataFrame:
     """Our means with their intervals beside the published number of the same task, arm and measure.
 
-    The paper has one row for fact lookup (probing for sports, path patching for CounterFact). Its relearning and probing
-    are P or accuracy of the true answer after the attack, ours P(true | candidates without the injected one): compare
-    the order of arms, not the levels.
+    The paper has one row for fact lookup (probing for sports, path patching for CounterFact). Its relearning and
+    probing are P or accuracy of the true answer after the attack, ours P(true | candidates without the injected one):
+    compare the order of arms, not the levels.
     """
     paper = published()
     tasks = {"sports-athletes-16": "athletes", "sports-athletes-64": "athletes", "sports-whole": "sport",

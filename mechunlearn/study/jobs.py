@@ -22,7 +22,7 @@ from mechunlearn.edit import EDITORS
 from mechunlearn.edit.budget import set_aside
 from mechunlearn.edit.edits import WeightEdit, applied
 from mechunlearn.evaluate import Baseline, Evaluation, evaluate, take_baseline
-from mechunlearn.facts import FactSplit, with_edit_targets
+from mechunlearn.facts import Fact, FactSplit, with_edit_targets
 from mechunlearn.masks import ParameterMask, mask_of
 from mechunlearn.metrics import score_facts
 from mechunlearn.models import Model
@@ -67,8 +67,8 @@ class Job:
         """Equal for jobs that give the same result, whatever arm or preset asks for them."""
         task = self.model.tasks[self.study.task].facts.model_dump(), self.model.tasks[self.study.task].target
         data = [
-            self.model.model, self.model.twin, self.model.dtype, task, self.study.n, self.study.blocks, self.seed, self.on,
-            self.level, self.attacks, self.blocks, self.n_entries, self.editor, self.options, self.suppression,
+            self.model.model, self.model.twin, self.model.dtype, task, self.study.n, self.study.blocks, self.seed,
+            self.on, self.level, self.attacks, self.blocks, self.n_entries, self.editor, self.options, self.suppression,
             self.false_labels, version("mechunlearn"),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -120,7 +120,7 @@ def carry_out(job: Job, home: Path) -> str:
             evaluation = measure(model, deal, baseline=baseline, seed=job.seed)
         if job.level == "tune":
             record["score"] = tuning_score(model, deal.split)
-        hidden = score_facts(model, split.forget_hidden, drop_targets=is_edited)["p_true"]
+        hidden = mean_of(model, split.forget_hidden, drop_targets=is_edited)["p_true"]
         results = [
             replace(ATTACKS.get(name).function(
                 model, split, **ATTACKS.get(name).validate(options) | {"seed": job.seed, "drop_targets": is_edited}
@@ -133,7 +133,7 @@ def carry_out(job: Job, home: Path) -> str:
         "components": [[str(c) for c in edit.mask.components] for edit in edits],
         "n_selected": [edit.mask.n_selected for edit in edits],
         "notes": [dict(edit.notes) for edit in edits], "loss": [edit.history[-1] for edit in edits if edit.history],
-        "options": dict(job.options), "hidden_p_true": float(hidden.mean()), "evaluated": evaluation is not None,
+        "options": dict(job.options), "hidden_p_true": hidden, "evaluated": evaluation is not None,
         "attacks": [result.attack for result in results], "seconds": round(time.monotonic() - started, 1),
     }  # fmt: skip
     with whole_folder(home / job.digest) as partial:
@@ -204,10 +204,13 @@ def tuning_score(model: Model, split: FactSplit) -> dict[str, float]:
     score = P(wrong answer) - P(true answer) on the shown and dev facts to forget + P(true answer) on watched retained
     facts, each among candidates; between -1 and 2. Damage needs no term: every edit ends within the same budget.
     """
-    scores = score_facts(model, (*split.forget_shown, *split.attack_dev))
-    kept = score_facts(model, set_aside(split.retain_train, split.forget)[0])
-    parts = {
-        "forget": float(scores["p_true"].mean()), "edit": float(scores["p_new"].mean()),
-        "maintain": float(kept["p_true"].mean()),
-    }  # fmt: skip
+    scores = mean_of(model, (*split.forget_shown, *split.attack_dev))
+    kept = mean_of(model, set_aside(split.retain_train, split.forget)[0])
+    parts = {"forget": scores["p_true"], "edit": scores["p_new"], "maintain": kept["p_true"]}
     return parts | {"score": parts["edit"] - parts["forget"] + parts["maintain"]}
+
+
+def mean_of(model: Model, facts: Sequence[Fact], **options: Any) -> dict[str, float]:
+    """Means over facts of p_true and p_new, see `score_facts`."""
+    scores = score_facts(model, facts, **options)
+    return {name: float(scores[name].to_numpy().mean()) for name in ("p_true", "p_new")}

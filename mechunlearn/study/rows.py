@@ -37,7 +37,7 @@ COLUMNS = ("preset", "arm", "draw", "seed", "level", "fact", "measure", "value")
 
 
 def study_rows(lines: Sequence[Line], home: Path) -> pd.DataFrame:
-    """Everything that was measured, see `EVALUATED`; and of each attack three measures on the hidden facts:
+    """Everything that was measured, see `EVALUATED`; and three measures of each attack on the hidden facts.
 
     "relearning": P(true | candidates) after it; "relearning, null": the same on the equally edited and attacked null;
     "relearning, excess": the difference, which is what came back, fact by fact (not with a null of made-up facts).

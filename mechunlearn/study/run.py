@@ -1,5 +1,6 @@
 """The whole study: locate, tune, edit and attack every arm of every preset; what is done is never done again."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
@@ -9,6 +10,7 @@ from typing import Any
 
 from mechunlearn.experiment import process_pool
 from mechunlearn.files import whole_file
+from mechunlearn.registry import did_you_mean
 from mechunlearn.study.arms import ARMS, DRAWN, LOOKUP, NONLOCALIZED, Arm, arm_named, n_matched, ranked_components
 from mechunlearn.study.deals import dealt
 from mechunlearn.study.jobs import Job, Level, Outcome, carry_out, is_done
@@ -54,7 +56,7 @@ class Part:
     def names(self) -> list[str]:
         """The arms' names, drawn ones once a draw."""
         drawn = {arm.name: [f"{arm.name}#{k}" for k in range(self.study.draws)] for arm in self.arms}
-        drawn["random"] = ["random#0"]
+        drawn |= {"random": ["random#0"]}
         return [name for arm in self.arms for name in (drawn[arm.name] if arm.name in DRAWN else [arm.name])]
 
     @property
@@ -87,8 +89,9 @@ class Part:
 
 def _located_path(part: Part, seed: int) -> Path:
     study = part.study
-    key = f"{study.task}-{study.n or 'all'}-{study.blocks}-{study.draws}-{int(study.published_components)}-{part.model.name}"
-    return part.home / "located" / f"{key}-{seed}.json"
+    data = [study.task, study.n, study.blocks, study.draws, study.published_components, part.names, part.model.name]
+    digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:8]
+    return part.home / "located" / f"{study.name}-{digest}-{seed}.json"
 
 
 def locate(part: Part, seed: int) -> str:
@@ -170,11 +173,22 @@ def lines(part: Part, best: Mapping[str, Mapping[str, Any]]) -> list[Line]:
     return found
 
 
-def parts_of(
-    presets: Iterable[tuple[StudySettings, ModelSettings]], home: Path, arms: Sequence[Arm] = ARMS
-) -> list[Part]:
-    """The presets, ready to run in one folder."""
-    return [Part(study=study, model=model, arms=tuple(arms), home=home / "jobs") for study, model in presets]
+def parts_of(presets: Iterable[tuple[StudySettings, ModelSettings]], home: Path) -> list[Part]:
+    """The presets, ready to run in one folder.
+
+    Raises:
+        ValueError: an unknown arm, or arms without fact lookup, which the others are compared with.
+    """
+    parts: list[Part] = []
+    for study, model in presets:
+        names = study.arms or [arm.name for arm in ARMS]
+        for name in names:
+            if name not in (known := [arm.name for arm in ARMS]):
+                raise ValueError(f"study {study.name}: unknown arm {name!r}.{did_you_mean(name, known)}")
+        if LOOKUP not in names:
+            raise ValueError(f"study {study.name}: got arms {', '.join(names)}, which need {LOOKUP} to compare with")
+        parts.append(Part(study=study, model=model, arms=tuple(a for a in ARMS if a.name in names), home=home / "jobs"))
+    return parts
 
 
 def run_study(

@@ -31,9 +31,9 @@ class TaskSettings(Strict):
     trials: Annotated[list[Trial], Field(min_length=1)]
     """What the tuner tries, the same for every arm."""
     start: dict[str, Trial] = {}
-    """Arm -> the values published for it; tried first, so the list of this arm is one longer where they are not in it."""
+    """Arm -> the values published for it: where a search of one's own may begin. They are among `trials`."""
     components: dict[str, list[str]] = {}
-    """Arm -> the components published for it: used with `published_components`, and compared with what is found here."""
+    """Arm -> the components published for it: used with `published_components`."""
 
     @model_validator(mode="after")
     def _known_components(self) -> "TaskSettings":
@@ -75,7 +75,10 @@ class StudySettings(Strict):
     seeds: Annotated[int, Field(ge=1)] = 5
     draws: Annotated[int, Field(ge=1)] = 2
     """Draws of random MLPs under every seed."""
+    arms: list[str] = []
+    """Names of the arms to run; none: all of them."""
     published_components: bool = False
+    """Edit what was published for an arm in place of what is found here, where there is anything."""
     device: str = "auto"
     workers: Annotated[int, Field(ge=1)] = 2
 

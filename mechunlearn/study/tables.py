@@ -56,7 +56,7 @@ def study_tables(parts: Sequence[Part]) -> StudyTables:
     if not done:
         raise ValueError("study: no preset is finished; run `mechunlearn study run` first, it goes on where it stopped")
     found = {part.study.name: lines(part, tuned(part)) for part in done}
-    rows = pd.concat([study_rows(found[part.study.name], part.home) for part in done], ignore_index=True)
+    rows: Any = pd.concat([study_rows(found[part.study.name], part.home) for part in done], ignore_index=True)
     drawn = _draws(rows)
     rows = rows.groupby([c for c in rows.columns if c not in ("draw", "value")], sort=False, as_index=False)[
         "value"
@@ -92,7 +92,8 @@ def interval_of(rows: pd.DataFrame) -> Interval:
 def arm_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Every arm and measure; rows hold every (seed, fact) once."""
     table = []
-    for key, group in rows.groupby(["preset", "arm", "level", "measure"], sort=False):
+    groups: Any = rows.groupby(["preset", "arm", "level", "measure"], sort=False)  # pandas has no complete types
+    for key, group in groups:
         found = interval_of(group)
         table.append((*key, found.value, found.lower, found.upper, found.n, group["seed"].nunique()))
     columns = ["preset", "arm", "level", "measure", "mean", "lower", "upper", "n_facts", "n_seeds"]
@@ -105,7 +106,8 @@ def difference_table(rows: pd.DataFrame, reference: str = LOOKUP) -> pd.DataFram
     p: arms exchanged fact by fact (means over seeds); p_holm: corrected for the arms of one preset, level and measure.
     """
     table: list[dict[str, Any]] = []
-    for key, group in rows.groupby(["preset", "level", "measure"], sort=False):
+    groups: Any = rows.groupby(["preset", "level", "measure"], sort=False)
+    for key, group in groups:
         wide = group.pivot_table(index=["seed", "fact"], columns="arm", values="value", sort=False)
         if reference not in wide.columns or not wide.index.get_level_values("fact")[0]:
             continue
