@@ -30,9 +30,9 @@ class TaskSettings(Strict):
     """KL(original || edited) on retained prompts, nats a token: every edit ends there at the latest."""
     trials: Annotated[list[Trial], Field(min_length=1)]
     """What the tuner tries, the same for every arm."""
-    start: dict[str, Trial] = {}
+    start: dict[str, Trial] = Field(default_factory=dict)
     """Arm -> the values published for it: where a search of one's own may begin. They are among `trials`."""
-    components: dict[str, list[str]] = {}
+    components: dict[str, list[str]] = Field(default_factory=dict)
     """Arm -> the components published for it: used with `published_components`."""
 
     @model_validator(mode="after")
@@ -75,7 +75,7 @@ class StudySettings(Strict):
     seeds: Annotated[int, Field(ge=1)] = 5
     draws: Annotated[int, Field(ge=1)] = 2
     """Draws of random MLPs under every seed."""
-    arms: list[str] = []
+    arms: list[str] = Field(default_factory=list)
     """Names of the arms to run; none: all of them."""
     published_components: bool = False
     """Edit what was published for an arm in place of what is found here, where there is anything."""

@@ -38,7 +38,7 @@ class StudyTables:
     components: pd.DataFrame
     """preset, arm, seed, block, components, share of them that fact lookup has, too."""
     draws: pd.DataFrame
-    """preset, seed, draw of random MLPs, measure, mean; how much of fact lookup the draw hit: what one draw can show."""
+    """preset, seed, draw of random MLPs, measure, value, components: how much one draw differs from another."""
 
     def save(self, folder: Path) -> None:
         """One csv each."""
