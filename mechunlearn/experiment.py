@@ -23,7 +23,7 @@ from mechunlearn.cells import CellTask, Side, loaded, warm_up
 from mechunlearn.checkpoints import choose_device, load_model
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.facts import Fact, FactSet, FactSplit, balanced_sample, rotations, split_facts, with_edit_targets
-from mechunlearn.files import whole_file
+from mechunlearn.files import whole_file, whole_folder
 from mechunlearn.judging import Judging
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.agreement import agreement
@@ -35,7 +35,7 @@ from mechunlearn.organisms.forget_sets import load_forget_set
 from mechunlearn.power import power_table
 from mechunlearn.prompts import candidates
 from mechunlearn.random_masks import random_mask_like
-from mechunlearn.runs import Cell, CellRole, Run, whole_folder
+from mechunlearn.runs import Cell, CellRole, Run
 from mechunlearn.settings import ArmSettings, FactsSettings, Settings
 from mechunlearn.sources.loading import load_facts
 
