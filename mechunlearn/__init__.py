@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from mechunlearn.edit.edits import WeightEdit, applied, export_edit, load_edit, save_edit
     from mechunlearn.explorer import explore
     from mechunlearn.facts import Fact, FactSet, FactSplit, split_facts, with_edit_targets
-    from mechunlearn.masks import ParameterMask, mask_of, random_mask_like, select_components
+    from mechunlearn.masks import ParameterMask, mask_of, select_components
     from mechunlearn.models import Model, wrap_model
+    from mechunlearn.random_masks import random_mask_like
     from mechunlearn.sources.loading import load_facts
     from mechunlearn.verdict import Verdict, decide
 
@@ -45,7 +46,7 @@ _HOME = {
     "load_facts": "sources.loading",
     "load_model": "checkpoints",
     "mask_of": "masks",
-    "random_mask_like": "masks",
+    "random_mask_like": "random_masks",
     "save_edit": "edit.edits",
     "save_model": "checkpoints",
     "select_components": "masks",

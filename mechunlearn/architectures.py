@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mechunlearn.components import Component
+from mechunlearn.components import Component, Matrix
 
 
 class NotSupported(ValueError):
@@ -219,6 +219,32 @@ def parameter_masks(
             select((architecture.query,), outputs=head.repeat_interleave(3 * sizes.d_head))
         select((architecture.output,), inputs=head.repeat_interleave(sizes.d_head))
     return masks
+
+
+def matrix_masks(
+    hf: PreTrainedModel, architecture: Architecture, sizes: Sizes, layer: int, matrix: Matrix
+) -> dict[str, Bool[Tensor, "..."]]:
+    """Which entries of which parameters make up one matrix of a layer, weight, then bias; none for a missing gate."""
+    paths = {
+        "in": architecture.mlp_in[-1],
+        "gate": architecture.mlp_in[0] if len(architecture.mlp_in) > 1 else None,
+        "out": architecture.mlp_out,
+        "q": architecture.query,
+        "k": architecture.key,
+        "v": architecture.value,
+        "o": architecture.output,
+    }
+    if (path := paths[matrix]) is None:
+        return {}
+    outputs = None
+    if architecture.layout != "separate" and matrix in ("q", "k", "v"):
+        third = torch.arange(3) == ("q", "k", "v").index(matrix)
+        if architecture.layout == "fused_blocks":
+            outputs = third.repeat_interleave(sizes.n_heads * sizes.d_head)
+        else:
+            outputs = third.repeat_interleave(sizes.d_head).repeat(sizes.n_heads)
+    whole = f"{architecture.blocks}.{layer}.{path}"
+    return {f"{whole}.{name}": mask for name, mask in _module_masks(hf.get_submodule(whole), outputs, None).items()}
 
 
 def _module_masks(module: nn.Module, outputs: Tensor | None, inputs: Tensor | None) -> dict[str, Tensor]:

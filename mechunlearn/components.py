@@ -28,6 +28,11 @@ from mechunlearn.rankings import bootstrap_rankings
 Kind = Literal["mlp", "attention", "head", "neuron"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+Matrix = Literal["in", "gate", "out", "q", "k", "v", "o"]
+"""A layer's matrices, each with its bias: the MLP's in (up), gate (where gated) and out (down); attention's q, k, v
+and o(utput). Where query, key and value are one parameter, each is its own outputs of it."""
+MATRICES: tuple[Matrix, ...] = get_args(Matrix)
+
 ROLES = ("subject_first", "subject_middle", "subject_last", "between", "last")
 """Roles of the tokens of a prompt; "between" is every other token before the last, those before the subject too."""
 
@@ -78,6 +83,11 @@ class Component:
         inner: Kind = "neuron" if found["mlp"] else "head"
         index = found[inner]
         return cls(inner if index else sublayer, int(found[sublayer]), int(index) if index else None)
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The matrices that it can have entries of."""
+        return MATRICES[:3] if self.kind in ("mlp", "neuron") else MATRICES[3:]
 
     @property
     def tl_name(self) -> str:

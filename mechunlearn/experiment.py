@@ -23,18 +23,19 @@ from mechunlearn.cells import CellTask, Side, loaded, warm_up
 from mechunlearn.checkpoints import choose_device, load_model
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.facts import Fact, FactSet, FactSplit, balanced_sample, rotations, split_facts, with_edit_targets
-from mechunlearn.files import whole_file
+from mechunlearn.files import whole_file, whole_folder
 from mechunlearn.judging import Judging
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.agreement import agreement
 from mechunlearn.localize.checks import FIRST_ORDER, describe_checks, with_agreement, with_stability
-from mechunlearn.masks import ParameterMask, mask_of, n_localizable, random_mask_like, select_components
+from mechunlearn.masks import ParameterMask, mask_of, n_localizable, select_components
 from mechunlearn.metrics import known_facts
 from mechunlearn.models import Model
 from mechunlearn.organisms.forget_sets import load_forget_set
 from mechunlearn.power import power_table
 from mechunlearn.prompts import candidates
-from mechunlearn.runs import Cell, CellRole, Run, whole_folder
+from mechunlearn.random_masks import random_mask_like
+from mechunlearn.runs import Cell, CellRole, Run
 from mechunlearn.settings import ArmSettings, FactsSettings, Settings
 from mechunlearn.sources.loading import load_facts
 

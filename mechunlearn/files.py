@@ -1,6 +1,7 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,3 +25,36 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+_MARK = ".made-by-mechunlearn"  # what lies beside it may be replaced
+
+
+def replaceable(folder: Path) -> Path:
+    """The folder's full path, if nothing that was not made here would be lost by replacing it; see `whole_folder`."""
+    folder = folder.resolve()
+    is_free = not folder.exists() or (folder.is_dir() and (not any(folder.iterdir()) or (folder / _MARK).exists()))
+    if not is_free or folder == Path.cwd():
+        raise FileExistsError(f"{folder} exists and was not made by mechunlearn; choose another folder, or remove it")
+    return folder
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder that takes the name `folder` when the body succeeds and vanishes when it fails.
+
+    Raises:
+        FileExistsError: the folder holds files and was not made here; nobody's files are deleted.
+    """
+    folder = replaceable(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield partial
+        (partial / _MARK).touch()
+        partial.chmod(0o755)  # mkdtemp's own mode hides it from others
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

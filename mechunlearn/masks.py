@@ -1,7 +1,5 @@
-"""Which entries of which parameters may change: ComponentScores + budget -> ParameterMask, and matched controls."""
+"""Which entries of which parameters may change: ComponentScores + budget -> ParameterMask, and masks put together."""
 
-import random
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,9 +8,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mechunlearn.components import KINDS, Component, ComponentScores, Kind
+from mechunlearn.components import KINDS, Component, ComponentScores, Kind, Matrix
+from mechunlearn.entries import beyond, common, join, n_entries, parameter_shapes
 from mechunlearn.html_card import html_card
-from mechunlearn.models import Model, all_components, component_parameters
+from mechunlearn.models import Model, all_components, component_parameters, matrix_parameters
 from mechunlearn.registry import did_you_mean
 
 
@@ -26,7 +25,9 @@ class ParameterMask:
     entries: Mapping[str, Bool[Tensor, "..."]]
     shapes: Mapping[str, tuple[int, ...]]
     components: tuple[Component, ...] = ()
-    """The components the mask was made of, in order; empty if it was made otherwise."""
+    """The components that are selected whole, in order; a neuron is a whole component, too."""
+    parts: tuple[str, ...] = ()
+    """What else is selected, in words: "m3.out", a whole matrix with its bias, or "m3.out (in part)"."""
 
     def __post_init__(self) -> None:
         if self.entries.keys() != self.shapes.keys():
@@ -43,7 +44,7 @@ class ParameterMask:
     @cached_property
     def n_selected(self) -> int:
         """Exact number of parameter entries that may change."""
-        return sum(_count(mask, self.shapes[name]) for name, mask in self.entries.items())
+        return n_entries(self.entries, self.shapes)
 
     def full(self, name: str) -> Bool[Tensor, "..."]:
         """The mask of one parameter in the parameter's shape (a view: do not write to it)."""
@@ -53,23 +54,120 @@ class ParameterMask:
         """Whether every entry of this parameter may change."""
         return bool(self.entries[name].all())
 
+    @property
+    def named(self) -> str:
+        """The components, then the parts."""
+        return ", ".join([*map(str, self.components), *self.parts])
+
     def _repr_html_(self) -> str:
-        sizes = {name: _count(mask, self.shapes[name]) for name, mask in self.entries.items()}
+        sizes = {name: n_entries({name: mask}, self.shapes) for name, mask in self.entries.items()}
         total = sum(torch.Size(shape).numel() for shape in self.shapes.values())
         rows = [(name, f"{n:,} of {torch.Size(self.shapes[name]).numel():,}") for name, n in list(sizes.items())[:8]]
         more = [(f"… {len(sizes) - 8} more",)] if len(sizes) > 8 else []
-        lines = {"components": ", ".join(map(str, self.components)), "parameters": f"{len(sizes)}, {total:,} entries"}
+        lines = {"components": self.named, "parameters": f"{len(sizes)}, {total:,} entries"}
         return html_card(f"{self.n_selected:,} entries may change", lines, [("parameter", "entries"), *rows, *more])
 
 
-def mask_of(model: Model, components: Iterable[Component]) -> ParameterMask:
-    """The mask of exactly these components; entries that two of them share are selected once."""
-    ordered = tuple(sorted(set(components), key=lambda c: (c.layer, c.kind, c.index or 0)))
+def mask_of(
+    model: Model, components: Iterable[Component], *, matrices: Sequence[Matrix] | None = None
+) -> ParameterMask:
+    """The mask of exactly these components, or of some of their matrices; entries shared by two are selected once.
+
+    Args:
+        matrices: of each component only its entries in these (of an MLP: in, gate, out; of attention: q, k, v, o),
+            biases included. None: all of it.
+
+    Raises:
+        ValueError: a component that the model does not have, or that has none of the matrices.
+    """
+    ordered = _ordered(components)
     union: dict[str, Tensor] = {}
     for component in ordered:
-        _join(union, component_parameters(model, component))
-    shapes = _shapes(model)
+        masks = component_parameters(model, component)
+        if matrices is not None:
+            masks = _in_matrices(model, component, masks, matrices)
+        join(union, masks)
+    if matrices is not None:
+        return mask_of_entries(model, union)
+    shapes = parameter_shapes(model)
     return ParameterMask(entries=union, shapes={name: shapes[name] for name in union}, components=ordered)
+
+
+def _in_matrices(
+    model: Model, component: Component, masks: Mapping[str, Tensor], matrices: Sequence[Matrix]
+) -> dict[str, Tensor]:
+    """The entries of a component that are in these matrices."""
+    wanted: dict[str, Tensor] = {}
+    for matrix in matrices:
+        own = matrix_parameters(model, component.layer, matrix)
+        join(wanted, {name: masks[name] & mask for name, mask in own.items() if name in masks})
+    if not wanted:
+        has = [m for m in component.matrices if matrix_parameters(model, component.layer, m)]
+        raise ValueError(
+            f"mask: got matrices {', '.join(matrices) or 'none'} of {component}, allowed: {', '.join(has)}"
+        )
+    return wanted
+
+
+def mask_of_entries(model: Model, entries: Mapping[str, Bool[Tensor, "..."]]) -> ParameterMask:
+    """The mask of any entries, by parameter name: which sublayers and matrices they make up is read off them.
+
+    Raises:
+        ValueError: a parameter the model does not have, or a mask that does not fit it.
+    """
+    shapes = parameter_shapes(model)
+    if unknown := [name for name in entries if name not in shapes]:
+        raise ValueError(f"mask: got {unknown[0]!r}, allowed: parameters of '{model.name}'")
+    kept = {name: mask.cpu() for name, mask in entries.items() if mask.any()}
+    mask = ParameterMask(entries=kept, shapes={name: shapes[name] for name in kept})
+    components: list[Component] = []
+    parts: list[str] = []
+    others = dict.fromkeys(kept)
+    for sublayer in all_components(model):
+        words, is_whole = [], True
+        for matrix in sublayer.matrices:
+            own = matrix_parameters(model, sublayer.layer, matrix)
+            n, of = n_entries(common(kept, own), shapes), n_entries(own, shapes)
+            is_whole = is_whole and n == of
+            words += [f"{sublayer}.{matrix}{'' if n == of else ' (in part)'}"] if n else []
+            for name in own:
+                others.pop(name, None)
+        if is_whole:
+            components.append(sublayer)
+        else:
+            parts += words
+    return ParameterMask(
+        entries=mask.entries, shapes=mask.shapes, components=_ordered(components), parts=(*parts, *others)
+    )
+
+
+def union_of(*masks: ParameterMask) -> ParameterMask:
+    """Every entry that one of the masks selects.
+
+    Two parts that add up to a matrix are still called parts of it; `n_selected` is exact in any case.
+
+    Raises:
+        ValueError: masks of models with other shapes.
+    """
+    entries: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for mask in masks:
+        for name, shape in mask.shapes.items():
+            if shapes.setdefault(name, shape) != shape:
+                raise ValueError(
+                    f"masks: got '{name}' of shapes {shapes[name]} and {shape}, allowed: masks of one model"
+                )
+        join(entries, mask.entries)
+    components = _ordered(component for mask in masks for component in mask.components)
+    parts = dict.fromkeys(part for mask in masks for part in mask.parts)
+    whole = {*map(str, components), *(part for part in parts if " " not in part)}
+    left = [p for p in parts if p.partition(".")[0] not in whole and (" " not in p or p.partition(" ")[0] not in whole)]
+    return ParameterMask(entries=entries, shapes=shapes, components=components, parts=tuple(left))
+
+
+def n_shared(one: ParameterMask, other: ParameterMask) -> int:
+    """Number of entries that both masks select."""
+    return n_entries(common(one.entries, other.entries), one.shapes)
 
 
 def n_localizable(model: Model) -> int:
@@ -98,27 +196,25 @@ def select_components(
         ValueError: a budget out of range, no positive score, or a budget below the best component's size (with `fill`,
             below every component's).
     """
-    for kind in kinds:
-        if kind not in KINDS:
-            raise ValueError(f"unknown component kind: {kind!r}.{did_you_mean(kind, KINDS)}")
-    limit = _limit(budget, model)
+    check_kinds(kinds)
+    limit = entry_limit(budget, model)
     value = dict(zip(scores.components, scores.values, strict=True))
     candidates = [c for c in scores.ranking() if c.kind in kinds and value[c] > 0]
     if not candidates:
         raise ValueError(
             f"scores of '{scores.method}': no {' or '.join(kinds)} has a positive score; choose other kinds"
         )
-    shapes, union, chosen, spent = _shapes(model), {}, [], 0
+    shapes, union, chosen, spent = parameter_shapes(model), {}, [], 0
     for component in candidates:
         masks = component_parameters(model, component)
-        cost = sum(_count(_new(union, name, mask), shapes[name]) for name, mask in masks.items())
+        cost = n_entries(beyond(masks, union), shapes)
         if spent + cost > limit:
             if fill:
                 continue
             break
         spent += cost
         chosen.append(component)
-        _join(union, masks)
+        join(union, masks)
     if not chosen:
         best = mask_of(model, candidates[:1]).n_selected
         raise ValueError(f"budget: got {budget} ({limit} entries), the best component {candidates[0]} alone has "
@@ -126,47 +222,19 @@ def select_components(
     return mask_of(model, chosen)
 
 
-def random_mask_like(mask: ParameterMask, model: Model, *, seed: int) -> ParameterMask:
-    """Draw as many components of each kind as the mask has, uniformly over the model: the same `n_selected`.
+def check_kinds(kinds: Sequence[Kind]) -> None:
+    """Raise ValueError for a kind of component that there is none of."""
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"unknown component kind: {kind!r}.{did_you_mean(kind, KINDS)}")
 
-    Heads that share keys and values are drawn as such: as many groups with as many heads in each. The draw may hit
-    components of the mask itself; it is a control for where the mask is, not for what is outside it.
+
+def entry_limit(budget: float | int, model: Model) -> int:
+    """The number of entries that a budget allows: a whole number of them, or a share of all that can be localized.
 
     Raises:
-        ValueError: the mask was not made of components, or of ones that overlap so that no draw of its size is found.
+        ValueError: a budget of nothing, or a share above 1.
     """
-    if not mask.components:
-        raise ValueError("random mask: the given mask lists no components; make it with mask_of or select_components")
-    rng = random.Random(seed)
-    for _ in range(200):
-        drawn: list[Component] = []
-        for kind in KINDS:
-            given = [c for c in mask.components if c.kind == kind]
-            if kind == "head":
-                drawn += _draw_heads(given, model, rng)
-            elif given:
-                drawn += rng.sample(all_components(model, (kind,)), len(given))
-        candidate = mask_of(model, drawn)
-        if candidate.n_selected == mask.n_selected:
-            return candidate
-    raise ValueError("random mask: no draw of exactly the mask's size; its components overlap, use disjoint ones")
-
-
-def _draw_heads(given: Sequence[Component], model: Model, rng: random.Random) -> list[Component]:
-    """Draw heads with the same numbers per group of shared keys and values as the given ones."""
-    size = model.n_heads // model.n_kv_heads
-    occupancy = Counter((c.layer, (c.index or 0) // size) for c in given)
-    groups = rng.sample(
-        [(layer, g) for layer in range(model.n_layers) for g in range(model.n_kv_heads)], len(occupancy)
-    )
-    return [
-        Component("head", layer, group * size + i)
-        for (layer, group), count in zip(groups, sorted(occupancy.values()), strict=True)
-        for i in rng.sample(range(size), count)
-    ]
-
-
-def _limit(budget: float | int, model: Model) -> int:
     if isinstance(budget, bool) or not budget > 0 or (isinstance(budget, float) and budget > 1):
         raise ValueError(f"budget: got {budget}, allowed: a share above 0 and up to 1.0, or a whole number of entries")
     if isinstance(budget, int):
@@ -174,23 +242,5 @@ def _limit(budget: float | int, model: Model) -> int:
     return int(budget * n_localizable(model) + 1e-6)  # 1/3 of 3 entries is one entry, whatever floats say
 
 
-def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in model.hf.named_parameters()}
-
-
-def _count(mask: Tensor, shape: tuple[int, ...]) -> int:
-    """Selected entries of a parameter: each true entry of a broadcast mask stands for as many as it is repeated."""
-    repeats = 1
-    for size, full in zip(mask.shape, shape, strict=True):
-        repeats *= full if size == 1 else 1
-    return int(mask.sum()) * repeats
-
-
-def _join(union: dict[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-    for name, mask in masks.items():
-        union[name] = union[name] | mask if name in union else mask
-
-
-def _new(union: Mapping[str, Tensor], name: str, mask: Tensor) -> Tensor:
-    """The part of a mask that is not in the union yet."""
-    return mask & ~union[name] if name in union else mask
+def _ordered(components: Iterable[Component]) -> tuple[Component, ...]:
+    return tuple(sorted(set(components), key=lambda c: (c.layer, c.kind, c.index or 0)))

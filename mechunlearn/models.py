@@ -16,8 +16,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from mechunlearn.architectures import Architecture, NotSupported, Sizes, architecture_of, parameter_masks, sizes_of
-from mechunlearn.components import KINDS, Component, Kind
+from mechunlearn.architectures import (
+    Architecture,
+    NotSupported,
+    Sizes,
+    architecture_of,
+    matrix_masks,
+    parameter_masks,
+    sizes_of,
+)
+from mechunlearn.components import KINDS, MATRICES, Component, Kind, Matrix
 from mechunlearn.html_card import html_card
 from mechunlearn.registry import did_you_mean
 
@@ -26,9 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Model", "NotSupported", "all_components", "attention", "attention_write", "block", "component_parameters",
-    "embedding", "final_norm", "first_output", "has_parallel_blocks", "head_input", "is_transposed", "mlp",
-    "mlp_neurons", "mlp_write", "n_parts", "oriented", "projection", "projection_columns", "stream_norms",
-    "unembedding", "weight_matrices", "with_first_output", "wrap_model",
+    "embedding", "final_norm", "first_output", "has_parallel_blocks", "head_input", "is_transposed",
+    "matrix_parameters", "mlp", "mlp_neurons", "mlp_write", "n_parts", "oriented", "projection",
+    "projection_columns", "stream_norms", "unembedding", "weight_matrices", "with_first_output", "wrap_model",
 ]  # fmt: skip
 
 
@@ -281,3 +289,18 @@ def component_parameters(model: Model, component: Component) -> dict[str, Bool[T
         ValueError: the model has no such component.
     """
     return parameter_masks(model.hf, model.architecture, model.sizes, component)
+
+
+def matrix_parameters(model: Model, layer: int, matrix: Matrix) -> dict[str, Bool[Tensor, "..."]]:
+    """Which entries of which parameters make up one matrix of a layer: its weight, then its bias if there is one.
+
+    As in `component_parameters`, masks broadcast. The matrices of a sublayer are disjoint and together all of it; a
+    gate that the model does not have is empty.
+
+    Raises:
+        ValueError: an unknown matrix, or a layer the model does not have.
+    """
+    if matrix not in MATRICES:
+        raise ValueError(f"unknown matrix: {matrix!r}.{did_you_mean(str(matrix), MATRICES)}")
+    block(model, layer)
+    return matrix_masks(model.hf, model.architecture, model.sizes, layer, matrix)

@@ -1,11 +1,7 @@
 """What a run leaves behind: cells, scores and the record, in memory and under `.runs/<name>/`."""
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +11,7 @@ import pandas as pd
 from mechunlearn.attack.results import AttackResult
 from mechunlearn.components import ComponentScores
 from mechunlearn.evaluate.results import Evaluation
+from mechunlearn.files import whole_folder
 from mechunlearn.html_card import html_card
 from mechunlearn.verdict import Verdict
 
@@ -130,36 +127,3 @@ def load_run(folder: str | Path) -> Run:
         agreement=pd.read_csv(folder / "agreement.csv"),
         cells=tuple(Cell.load(folder / "cells" / name) for name in manifest["cells"]),
     )
-
-
-_MARK = ".made-by-mechunlearn"  # what lies beside it may be replaced
-
-
-def replaceable(folder: Path) -> Path:
-    """The folder's full path, if nothing that was not made here would be lost by replacing it; see `whole_folder`."""
-    folder = folder.resolve()
-    is_free = not folder.exists() or (folder.is_dir() and (not any(folder.iterdir()) or (folder / _MARK).exists()))
-    if not is_free or folder == Path.cwd():
-        raise FileExistsError(f"{folder} exists and was not made by mechunlearn; choose another folder, or remove it")
-    return folder
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A scratch folder that takes the name `folder` when the body succeeds and vanishes when it fails.
-
-    Raises:
-        FileExistsError: the folder holds files and was not made here; nobody's files are deleted.
-    """
-    folder = replaceable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        yield partial
-        (partial / _MARK).touch()
-        partial.chmod(0o755)  # mkdtemp's own mode hides it from others
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

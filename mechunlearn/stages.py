@@ -33,6 +33,7 @@ from mechunlearn.edit.edits import applied, export_edit, load_edit, save_edit
 from mechunlearn.evaluate import evaluate, take_baseline
 from mechunlearn.experiment import Stage, prepare, process_pool
 from mechunlearn.experiment import localize as run_localizer
+from mechunlearn.files import replaceable, whole_folder
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.edges import EdgeScores, edge_attribution_patching
 from mechunlearn.masks import mask_of, select_components
@@ -47,7 +48,6 @@ from mechunlearn.report.bench import bench_figure
 from mechunlearn.report.check import check_figure, sweep_figure, training_figure
 from mechunlearn.report.circuits import circuit
 from mechunlearn.report.planted import planted_figure
-from mechunlearn.runs import replaceable, whole_folder
 from mechunlearn.settings import DECIDING_ATTACKS, Settings, check_settings, preset_names, run_settings
 from mechunlearn.sources import SOURCES
 from mechunlearn.sources.bundled import BUNDLED, load_templates

@@ -64,7 +64,7 @@ class WeightEdit:
         loss = f"{self.history[0]:.3f} to {self.history[-1]:.3f} in {len(self.history)} steps" if self.history else ""
         lines = {
             "of": f"{self.base_name} ({self.base_sha256[:12]})",
-            "components": ", ".join(map(str, self.mask.components)), "entries": f"{self.mask.n_selected:,}",
+            "components": self.mask.named, "entries": f"{self.mask.n_selected:,}",
             "training loss": loss, "seed": self.seed,
         }  # fmt: skip
         return html_card(f"edit: {self.method}", lines, [("option", "value"), *self.options.items()])
@@ -166,6 +166,7 @@ def save_edit(edit: WeightEdit, path: str | Path) -> None:
         "history": list(edit.history),
         "notes": dict(edit.notes),
         "components": [str(component) for component in edit.mask.components],
+        "parts": list(edit.mask.parts),
         "shapes": {name: list(shape) for name, shape in edit.mask.shapes.items()},
     }
     text = json.dumps(record, allow_nan=False, sort_keys=True)
@@ -197,6 +198,7 @@ def load_edit(path: str | Path) -> WeightEdit:
             entries={name: tensors[f"mask:{name}"] for name in shapes},
             shapes=shapes,
             components=tuple(map(Component.parse, record.pop("components"))),
+            parts=tuple(record.pop("parts", ())),  # older files have none
         )
         values = {name: tensors[f"value:{name}"] for name in shapes}
         return WeightEdit(**record | {"history": tuple(record["history"])}, values=values, mask=mask)

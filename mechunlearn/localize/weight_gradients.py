@@ -94,9 +94,9 @@ def weight_sums(
     weights = dict(model.hf.named_parameters())
     total = np.zeros((len(facts), len(components)))
     with untouched(model):
-        for rows, measure in _measured(model, facts, metric, batch_size, seed):
+        for rows, measure in measured(model, facts, metric, batch_size, seed):
             found = torch.zeros(len(rows), len(components), dtype=torch.float64, device=model.device)
-            for path, (x, g) in _inputs_and_gradients(model, tuple(plan), measure).items():
+            for path, (x, g) in inputs_and_gradients(model, tuple(plan), measure).items():
                 sides = plan[path]
                 for side, (component, unit) in sides.items():
                     name = f"{path}.bias" if side == "bias" else f"{path}.weight"
@@ -140,7 +140,7 @@ def _plan(
     return {path: {side: on_device(u) for side, u in sides.items()} for path, sides in listed.items()}, sizes
 
 
-def _inputs_and_gradients(
+def inputs_and_gradients(
     model: Model, paths: Sequence[str], measure: Callable[[], Float[Tensor, " batch"]]
 ) -> dict[str, tuple[Float[Tensor, "batch pos d_in"], Float[Tensor, "batch pos d_out"]]]:
     """What enters each projection, and the gradient of each fact's metric at what leaves it."""
@@ -179,7 +179,7 @@ def _unit_sums(
     return torch.stack(sums)
 
 
-def _measured(
+def measured(
     model: Model, facts: Sequence[Fact], metric: WeightMetric, batch_size: int, seed: int
 ) -> Iterator[tuple[list[int], Callable[[], Float[Tensor, " batch"]]]]:
     """Batches of facts, by index, and what computes their metric."""

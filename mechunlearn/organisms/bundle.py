@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
+from mechunlearn.files import whole_folder
 from mechunlearn.organisms.forget_sets import never_known
 from mechunlearn.organisms.tokenizer import train_tokenizer
 from mechunlearn.organisms.train import Recipe, Trainer, train
 from mechunlearn.registry import did_you_mean
-from mechunlearn.runs import whole_folder
 
 ORIGINAL, TWIN = "atlas", "atlas-never-a"
 ORGANISMS: dict[str, tuple[Recipe, bool]] = {

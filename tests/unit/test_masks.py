@@ -1,4 +1,3 @@
-from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -6,8 +5,24 @@ import pytest
 import torch
 
 from mechunlearn.components import Component, ComponentScores
-from mechunlearn.masks import ParameterMask, mask_of, n_localizable, random_mask_like, select_components
-from mechunlearn.models import Model, all_components, component_parameters
+from mechunlearn.edit.training import substituted
+from mechunlearn.masks import (
+    ParameterMask,
+    mask_of,
+    mask_of_entries,
+    n_localizable,
+    n_shared,
+    select_components,
+    union_of,
+)
+from mechunlearn.models import (
+    Model,
+    all_components,
+    component_parameters,
+    matrix_parameters,
+    projection,
+    projection_columns,
+)
 
 
 def brute_force(model: Model, components: tuple[Component, ...]) -> dict[str, torch.Tensor]:
@@ -108,39 +123,110 @@ def test_scores_without_a_positive_one_of_the_kind_are_refused(tiny_model: Calla
         select_components(scores, model, budget=0.5, kinds=("mpl",))  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize(
-    "text", ["m1", "m0 m2", "a0.h0 a0.h1 a2.h3", "a1.h0 a1.h2", "a0 m1 m2.n3", "m1.n3 m1.n4 m0.n7"]
-)
-def test_a_random_control_has_the_same_kinds_and_exactly_the_same_size(any_model: Model, text: str) -> None:
-    components = tuple(map(Component.parse, text.split()))
-    mask = mask_of(any_model, components)
-    kinds = Counter(c.kind for c in components)
-    for seed in range(5):
-        control = random_mask_like(mask, any_model, seed=seed)
-        assert control.n_selected == mask.n_selected
-        assert Counter(c.kind for c in control.components) == kinds
-
-
-def test_random_controls_are_seeded_and_reach_every_layer(tiny_model: Callable[..., Model]) -> None:
-    model = tiny_model()
-    mask = mask_of(model, [Component("mlp", 1)])
-    draws = [random_mask_like(mask, model, seed=seed).components for seed in range(30)]
-    assert draws == [random_mask_like(mask, model, seed=seed).components for seed in range(30)]
-    assert len(set(draws)) == 3
-    heads = mask_of(model, [Component("head", 0, 0), Component("head", 0, 1)])
-    pairs = {random_mask_like(heads, model, seed=seed).components for seed in range(60)}
-    assert len(pairs) == 6  # two heads of one group: one of two groups in one of three layers
-
-
-def test_a_mask_without_components_has_no_random_control(tiny_model: Callable[..., Model]) -> None:
-    model = tiny_model()
-    with pytest.raises(ValueError, match="lists no components"):
-        random_mask_like(mask_of(model, ()), model, seed=0)
-
-
 def test_malformed_masks_are_refused() -> None:
     with pytest.raises(ValueError, match="one of each per name"):
         ParameterMask(entries={"w": torch.ones(1, dtype=torch.bool)}, shapes={})
     for wrong in (torch.ones(2, 1), torch.ones(3, dtype=torch.bool), torch.ones(3, 3, dtype=torch.bool)):
         with pytest.raises(ValueError, match="mask of 'w'"):
             ParameterMask(entries={"w": wrong}, shapes={"w": (2, 4)})
+
+
+def full(mask: ParameterMask) -> dict[str, torch.Tensor]:
+    return {name: mask.full(name) for name in mask.entries}
+
+
+def equal(a: ParameterMask, b: ParameterMask) -> bool:
+    return full(a).keys() == full(b).keys() and all(torch.equal(mask, full(b)[name]) for name, mask in full(a).items())
+
+
+def test_the_matrices_of_a_sublayer_are_disjoint_and_all_of_it(any_model: Model) -> None:
+    for sublayer in all_components(any_model):
+        names = [matrix for matrix in sublayer.matrices if matrix_parameters(any_model, sublayer.layer, matrix)]
+        masks = [mask_of(any_model, [sublayer], matrices=(matrix,)) for matrix in names]
+        whole = mask_of(any_model, [sublayer])
+        assert sum(mask.n_selected for mask in masks) == whole.n_selected
+        assert equal(union_of(*masks), whole)
+        assert all(mask.parts == (f"{sublayer}.{m}",) for mask, m in zip(masks, names, strict=True))
+        assert all(n_shared(a, b) == (a.n_selected if a is b else 0) for a in masks for b in masks)
+        together = mask_of(any_model, [sublayer], matrices=sublayer.matrices)
+        assert (together.components, together.parts) == ((sublayer,), ())
+
+
+def test_changing_the_query_key_or_value_matrix_changes_that_projection_alone(any_model: Model) -> None:
+    """The index maps of fused projections, checked against what attention reads from their outputs."""
+    layer, x = 1, torch.randn(2, 5, any_model.d_model, generator=torch.Generator().manual_seed(0))
+    columns = {"q": any_model.n_heads, "k": any_model.n_kv_heads, "v": any_model.n_kv_heads}
+    parts = {"q": "query", "k": "key", "v": "value"}
+
+    def heads(which: str) -> torch.Tensor:
+        out = projection(any_model, layer, parts[which])(x)
+        return torch.stack(
+            [out[..., projection_columns(any_model, parts[which], h)] for h in range(columns[which])]
+        ).detach()
+
+    before = {which: heads(which) for which in columns}
+    for which in columns:
+        mask = mask_of(any_model, [Component("attention", layer)], matrices=(which,))
+        parameters = dict(any_model.hf.named_parameters())
+        with substituted(any_model, {n: parameters[n].detach() + mask.full(n) for n in mask.entries}):
+            for other in columns:
+                same = (heads(other) == before[other]).flatten(1).all(1)
+                assert bool(same.all()) == (other != which)
+                assert other != which or not same.any()
+
+
+def test_matrices_of_heads_and_neurons_are_their_parts_of_them(any_model: Model) -> None:
+    head, neuron = Component("head", 1, 2), Component("neuron", 0, 5)
+    for component in (head, neuron):
+        present = [m for m in component.matrices if matrix_parameters(any_model, component.layer, m)]
+        masks = [mask_of(any_model, [component], matrices=(matrix,)) for matrix in present]
+        assert equal(union_of(*masks), mask_of(any_model, [component]))
+    query = mask_of(any_model, [head], matrices=("q",))
+    weight = next(name for name in query.entries if name.endswith("weight"))
+    assert int(query.full(weight).sum()) == any_model.d_head * any_model.d_model
+    assert query.parts == ("a1.q (in part)",)
+
+
+def test_matrices_that_a_component_does_not_have_are_refused(tiny_model: Callable[..., Model]) -> None:
+    gpt2, llama = tiny_model("gpt2"), tiny_model("llama")
+    with pytest.raises(ValueError, match="got matrices gate of m1, allowed: in, out"):
+        mask_of(gpt2, [Component("mlp", 1)], matrices=("gate",))
+    with pytest.raises(ValueError, match=r"got matrices out of a1, allowed: q, k, v, o"):
+        mask_of(llama, [Component("mlp", 1), Component("attention", 1)], matrices=("out",))
+    with pytest.raises(ValueError, match=r"unknown matrix: 'gat'\. Did you mean 'gate'"):
+        mask_of(llama, [Component("mlp", 1)], matrices=("gat",))  # pyright: ignore[reportArgumentType]
+    assert mask_of(gpt2, [Component("mlp", 1)], matrices=("in", "gate", "out")).components == (Component("mlp", 1),)
+
+
+def test_unions_are_idempotent_commutative_and_count_shared_entries_once(any_model: Model) -> None:
+    a = mask_of(any_model, [Component("head", 1, 0), Component("mlp", 2)])
+    b = mask_of(any_model, [Component("head", 1, 1), Component("neuron", 2, 3)])
+    c = mask_of(any_model, [Component("attention", 1)], matrices=("o",))
+    for mask in (a, b, c):
+        assert equal(union_of(mask, mask), mask)
+        assert (union_of(mask, mask).components, union_of(mask, mask).parts) == (mask.components, mask.parts)
+    assert equal(union_of(a, b), union_of(b, a))
+    assert union_of(a, b).n_selected == a.n_selected + b.n_selected - n_shared(a, b)
+    assert equal(union_of(a, b, c), union_of(a, union_of(b, c)))
+    assert union_of().n_selected == 0
+
+
+def test_a_union_names_what_is_whole_and_what_is_partial_once(tiny_model: Callable[..., Model]) -> None:
+    model = tiny_model()
+    out, neuron = (mask_of(model, [c], matrices=("out",)) for c in (Component("mlp", 1), Component("neuron", 1, 2)))
+    assert union_of(neuron, out).parts == ("m1.out",)
+    assert union_of(neuron, mask_of(model, [Component("mlp", 1)])).parts == ()
+    assert union_of(neuron, mask_of(model, [Component("mlp", 2)])).named == "m2, m1.out (in part)"
+    (name,) = out.entries
+    other = ParameterMask(entries={name: torch.ones(1, 1, dtype=torch.bool)}, shapes={name: (2, 2)})
+    with pytest.raises(ValueError, match="allowed: masks of one model"):
+        union_of(out, other)
+
+
+def test_entries_outside_of_sublayers_are_named_by_their_parameter(tiny_model: Callable[..., Model]) -> None:
+    model = tiny_model()
+    mask = mask_of_entries(model, {"model.norm.weight": torch.ones(1, dtype=torch.bool)})
+    assert mask.parts == ("model.norm.weight",)
+    assert mask_of_entries(model, {"model.norm.weight": torch.zeros(1, dtype=torch.bool)}).entries == {}
+    with pytest.raises(ValueError, match="got 'nothing', allowed: parameters of 'tiny-llama-0'"):
+        mask_of_entries(model, {"nothing": torch.ones(1, dtype=torch.bool)})

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mechunlearn.runs import whole_folder
+from mechunlearn.files import whole_folder
 
 
 def test_a_folder_is_replaced_only_by_the_one_who_made_it(tmp_path: Path) -> None:
