@@ -10,11 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 
 from mechunlearn.attack import ATTACKS
 from mechunlearn.attack.results import AttackResult
-from mechunlearn.components import Component
+from mechunlearn.components import Component, ComponentScores
 from mechunlearn.controls import SUPPRESSIONS
 from mechunlearn.controls.acceptance import accept
 from mechunlearn.controls.fabricated import fabricated_split
@@ -27,6 +28,7 @@ from mechunlearn.masks import ParameterMask, mask_of
 from mechunlearn.metrics import score_facts
 from mechunlearn.models import Model
 from mechunlearn.runs import whole_folder
+from mechunlearn.selection import select_exactly
 from mechunlearn.study.deals import Deal, dealt
 from mechunlearn.study.settings import ModelSettings, StudySettings
 
@@ -161,8 +163,20 @@ def _edits(job: Job, deal: Deal, model: Model, stack: ExitStack) -> list[WeightE
 
 
 def exact_mask(model: Model, components: Sequence[str], n_entries: int | None) -> ParameterMask:
-    """The mask of the components, the last of them cut so that it has exactly `n_entries`."""
-    return mask_of(model, [Component.parse(name) for name in components])
+    """The mask of the components, best first, the last of them cut so that it has exactly `n_entries`; None: whole.
+
+    Raises:
+        ValueError: components that hold fewer entries.
+    """
+    named = tuple(Component.parse(name) for name in components)
+    if n_entries is None:
+        return mask_of(model, named)
+    order = np.arange(len(named), 0, -1, dtype=float)
+    ranked = ComponentScores(
+        method="order", metric="none", sign="no meaning beyond the order", components=named, roles=("all",),
+        per_fact=order[None, :, None],
+    )  # fmt: skip
+    return select_exactly(ranked, model, n_entries=n_entries, kinds=("mlp", "attention"))
 
 
 def with_false_labels(split: FactSplit, seed: int) -> FactSplit:
