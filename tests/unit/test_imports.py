@@ -40,11 +40,11 @@ ORDER = (
     ("cells",),
     ("judging",),
     ("experiment",),
-    ("bench",),
+    ("bench", "study"),
     ("report",),
     ("exploration",),
     ("explorer",),
-    ("stages",),
+    ("stages", "study_stage"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
