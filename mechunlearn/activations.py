@@ -142,7 +142,7 @@ def _attach(model: Model, place: Place, visit: Callable[[Place, Tensor], Tensor]
 
 @contextmanager
 def instead(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, these modules run this in place of their `forward`, hooks as ever; afterwards, also on errors, their own."""
+    """Inside, these modules run this for `forward`, between their hooks; afterwards, also on errors, their own."""
     with ExitStack() as restored:
         for module in modules:
             own = module.__dict__.get("forward")  # accelerate puts one here

@@ -4,9 +4,10 @@ These blocks never change while others are trained, and padding is on the right,
 stream depends on its own tokens alone, whatever batch it comes in and whoever asks, the edited model or the original.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,12 +22,20 @@ DEFAULT_GB = 1.0
 SERVED = {"use_cache", "logits_to_keep"}  # what a forward pass over right-padded rows may be given besides
 
 
-def first_layer(model: Model, names: Sequence[str]) -> int:
+def first_layer(model: Model, names: Collection[str]) -> int:
     """The earliest block that holds one of these parameters; 0 if any is elsewhere (an embedding), or there is none."""
     start = f"{model.architecture.blocks}."
     if not names or not all(name.startswith(start) for name in names):
         return 0
     return min(int(name.removeprefix(start).partition(".")[0]) for name in names)
+
+
+class _Reached(Exception):
+    """The forward pass is as far as it is wanted; carries what the last block returned."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
 
 
 @dataclass(kw_only=True, eq=False)
@@ -46,6 +55,11 @@ class PrefixCache:
     _rows: dict[bytes, Float[Tensor, "pos d_model"]] = field(default_factory=dict)
     _wraps: bool = False  # whether blocks return their stream in a tuple
 
+    @classmethod
+    def below(cls, model: Model, names: Collection[str], *, gb: float = DEFAULT_GB) -> "PrefixCache":
+        """Before the earliest block that holds one of these parameters."""
+        return cls(model=model, layer=first_layer(model, names), limit=int(gb * GB))
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside, forward passes of the model start at the block, with its own code around; see `_serves` for which.
@@ -56,10 +70,10 @@ class PrefixCache:
             yield
             return
         hf, below = self.model.hf, [block(self.model, layer) for layer in range(self.layer)]
-        own, watched = hf.forward, self._below()
+        own = hf.forward
 
         def restarted(*inputs: Any, **named: Any) -> Any:
-            if not _serves(inputs, named) or any(m._forward_hooks or m._forward_pre_hooks for m in watched):
+            if not _serves(inputs, named) or any(m._forward_hooks or m._forward_pre_hooks for m in self._below):
                 return own(*inputs, **named)
             stream = self.streams(inputs[0], own)
             output = (stream,) if self._wraps else stream
@@ -69,7 +83,7 @@ class PrefixCache:
         with instead([hf], restarted):
             yield
 
-    def streams(self, ids: Int[Tensor, "row pos"], run: Any) -> Float[Tensor, "row pos d_model"]:
+    def streams(self, ids: Int[Tensor, "row pos"], run: Callable[..., Any]) -> Float[Tensor, "row pos d_model"]:
         """The stream before the block; rows that are not kept yet are run through the blocks below, and kept.
 
         Args:
@@ -94,30 +108,28 @@ class PrefixCache:
             self.held += more
 
     @torch.no_grad()
-    def _run(self, ids: Int[Tensor, "row pos"], run: Any) -> Float[Tensor, "row pos d_model"]:
-        """Run the blocks below, and none above: those hand on what they get."""
-        seen: list[Tensor] = []
+    def _run(self, ids: Int[Tensor, "row pos"], run: Callable[..., Any]) -> Float[Tensor, "row pos d_model"]:
+        """Run the blocks below, and nothing above: no hook there may see these rows."""
 
-        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            self._wraps = isinstance(output, tuple)
-            seen.append(first_output(output))
+        def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            raise _Reached(output)
 
-        def hand_on(*_inputs: Any, **_named: Any) -> Any:
-            return (seen[0],) if self._wraps else seen[0]
-
-        handle = block(self.model, self.layer - 1).register_forward_hook(note)
+        handle = block(self.model, self.layer - 1).register_forward_hook(stop)
         try:
-            with instead([block(self.model, n) for n in range(self.layer, self.model.n_layers)], hand_on):
-                run(ids, use_cache=False, logits_to_keep=1)
+            run(ids, use_cache=False, logits_to_keep=1)
+        except _Reached as reached:
+            self._wraps = isinstance(reached.output, tuple)
+            return first_output(reached.output)
         finally:
             handle.remove()
-        return seen[0]
+        raise RuntimeError(f"block {self.layer - 1} of '{self.model.name}' was not run")
 
-    def _below(self) -> list[nn.Module]:
+    @cached_property
+    def _below(self) -> tuple[nn.Module, ...]:
         """The modules that are not run, or run in vain: one with a hook on it must be."""
         above = [block(self.model, layer) for layer in range(self.layer, self.model.n_layers)]
         run = {module for top in (*above, final_norm(self.model), unembedding(self.model)) for module in top.modules()}
-        return [module for module in self.model.hf.modules() if module is not self.model.hf and module not in run]
+        return tuple(module for module in self.model.hf.modules() if module is not self.model.hf and module not in run)
 
 
 def _serves(inputs: tuple[Any, ...], named: dict[str, Any]) -> bool:

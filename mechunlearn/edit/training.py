@@ -2,21 +2,19 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recomputed
 
-from mechunlearn.activations import instead
 from mechunlearn.components import Component
-from mechunlearn.edit.prefix import DEFAULT_GB, GB, PrefixCache, first_layer
+from mechunlearn.edit.prefix import DEFAULT_GB, PrefixCache
+from mechunlearn.edit.stand_ins import checkpointed, standing_in
 from mechunlearn.masks import ParameterMask
-from mechunlearn.models import Model, block, is_transposed, weight_matrices
+from mechunlearn.models import Model, is_transposed, weight_matrices
 
 Schedule = Literal["cosine", "constant"]
 Forward = Callable[[Int[Tensor, "row pos"], Int[Tensor, " kept"]], Float[Tensor, "row kept d_vocab"]]
@@ -196,20 +194,21 @@ def train(
     shape = _cosine if schedule == "cosine" else _constant
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: shape(done / steps))
     history: list[float] = []
-    with torch.no_grad():
-        first = first_layer(model, tuple(trainable.overrides()))
-    prefix = PrefixCache(model=model, layer=first, limit=int(prefix_cache_gb * GB))
-    again = range(first, model.n_layers) if checkpoint else ()
+    prefix = PrefixCache.below(model, trainable.overrides(), gb=prefix_cache_gb)
+    again = range(prefix.layer, model.n_layers) if checkpoint else ()
+
+    def backward(call: int) -> float:
+        """Add one call's share of the gradient to the leaves'."""
+        overrides = trainable.overrides()
+        with prefix.active(), checkpointed(model, again):
+            value = loss(call, forward_of(model, overrides)) / accumulation
+            with standing_in(model, overrides):  # for the blocks that are run again
+                value.backward()
+        return float(value.detach())
+
     with _frozen(model):
         for step in range(steps):
-            total = 0.0
-            for micro in range(accumulation):
-                overrides = trainable.overrides()
-                with prefix.active(), checkpointed(model, again):
-                    value = loss(step * accumulation + micro, forward_of(model, overrides)) / accumulation
-                    with standing_in(model, overrides):  # for the blocks that are run again
-                        value.backward()
-                total += float(value.detach())
+            total = sum(backward(step * accumulation + micro) for micro in range(accumulation))
             if not math.isfinite(total):
                 raise Diverged(f"training: the loss is {total} at step {step + 1} of {steps}; lower the learning_rate")
             nn.utils.clip_grad_norm_(leaves, clip)
@@ -238,40 +237,6 @@ def forward_of(model: Model, overrides: Mapping[str, Tensor]) -> Forward:
             return model.hf(ids, use_cache=False, logits_to_keep=kept).logits.float()
 
     return forward
-
-
-@contextlib.contextmanager
-def standing_in(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, modules hold these tensors in place of their parameters, so that gradients reach them; nothing is copied.
-
-    As `torch.func.functional_call`, but a backward pass that runs blocks again can be inside, too.
-    """
-    held: list[tuple[dict[str, Any], str, Tensor]] = []
-    for name, tensor in tensors.items():
-        path, _, own = name.rpartition(".")
-        held.append((cast(dict[str, Any], model.hf.get_submodule(path)._parameters), own, tensor))
-    originals = [parameters[own] for parameters, own, _ in held]
-    try:
-        for parameters, own, tensor in held:
-            parameters[own] = tensor
-        yield
-    finally:
-        for (parameters, own, _), original in zip(held, originals, strict=True):
-            parameters[own] = original
-
-
-@contextlib.contextmanager
-def checkpointed(model: Model, layers: Sequence[int]) -> Iterator[None]:
-    """Inside, these blocks keep nothing but their inputs for the backward pass, which runs them again.
-
-    Source: Chen et al. 2016, arXiv:1604.06174.
-    """
-    with contextlib.ExitStack() as stack:
-        for module in (block(model, layer) for layer in layers):
-            # in eval mode no block draws a random number
-            again = partial(recomputed, module.forward, use_reentrant=False, preserve_rng_state=False)
-            stack.enter_context(instead([module], again))
-        yield
 
 
 @contextlib.contextmanager
