@@ -17,6 +17,7 @@ from mechunlearn.checkpoints import save_model
 from mechunlearn.components import Component
 from mechunlearn.edit.budget import Budget
 from mechunlearn.edit.losses import Loss
+from mechunlearn.edit.prefix import DEFAULT_GB
 from mechunlearn.edit.training import (
     Schedule,
     Trainable,
@@ -111,19 +112,22 @@ def train_edit(
     seed: int,
     facts_sha256: str,
     rank: int | None = None,
+    prefix_cache_gb: float = DEFAULT_GB,
+    checkpoint: bool = False,
     budget: Callable[[Trainable], Budget] | None = None,
 ) -> WeightEdit:
     """Train the masked entries on a loss and keep what they became; the model stays as it is.
 
     Args:
         rank: train a low-rank update of every masked matrix in place of its entries; masked biases then stay.
+        prefix_cache_gb, checkpoint: as in `train`.
         budget: what makes the watch over the damage that ends the training early.
     """
     trainable = masked_trainable(model, mask) if rank is None else low_rank_trainable(model, mask, rank, seed=seed)
     watch = budget(trainable) if budget is not None and trainable.leaves else None
     history = train(
         model, trainable, loss, steps=steps, learning_rate=learning_rate, schedule=schedule,
-        accumulation=accumulation, on_step=watch,
+        accumulation=accumulation, prefix_cache_gb=prefix_cache_gb, checkpoint=checkpoint, on_step=watch,
     )  # fmt: skip
     if watch is not None:
         watch.finish()

@@ -7,6 +7,7 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from mechunlearn.edit.losses import Forms
+from mechunlearn.edit.prefix import DEFAULT_GB
 from mechunlearn.edit.training import Schedule
 
 RetainLoss = Literal["answer", "kl"]
@@ -47,6 +48,15 @@ class Training(TypedDict, total=False):
     max_damage: Annotated[
         float | None,
         Field(gt=0, default=None, description="nats: the edit ends where it disturbs retained facts more; see budget"),
+    ]
+    prefix_cache_gb: Annotated[
+        float,
+        Field(
+            ge=0, default=DEFAULT_GB, description="memory for what the blocks below the mask compute; 0: anew each step"
+        ),
+    ]
+    checkpoint: Annotated[
+        bool, Field(default=False, description="run blocks again in the backward pass: less memory, a third more time")
     ]
     seed: Annotated[int, Field(default=0)]
 

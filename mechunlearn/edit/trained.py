@@ -53,7 +53,8 @@ def trained_edit(
     return train_edit(
         model, mask, summed(*own, *keep),
         steps=training["steps"], learning_rate=training["learning_rate"], schedule=training["schedule"],
-        accumulation=training["accumulation"], rank=training["rank"], method=method,
+        accumulation=training["accumulation"], rank=training["rank"],
+        prefix_cache_gb=training["prefix_cache_gb"], checkpoint=training["checkpoint"], method=method,
         options={**options, **training}, seed=training["seed"],
         facts_sha256=hash_facts((*split.forget, *split.retain_train)),
         budget=None if limit is None else lambda trainable: Budget.of(
