@@ -5,9 +5,9 @@ from typing import Any
 
 from mechunlearn.activations import Place
 from mechunlearn.components import Component
-from mechunlearn.controls.steering import stream_loss
 from mechunlearn.edit.edits import WeightEdit, values_in
 from mechunlearn.edit.losses import Forms, Loss, batches, fact_tokens, keeping_terms, near_and_far, summed, weighted_sum
+from mechunlearn.edit.streams import stream_loss
 from mechunlearn.edit.training import lora_trainable, train
 from mechunlearn.facts import FactSplit
 from mechunlearn.masks import mask_of

@@ -146,11 +146,18 @@ Objective = Callable[
 """(logits, the token that each position should predict, whether it counts) -> loss."""
 
 
+def answer_log_probs(
+    logits: Float[Tensor, "row kept d_vocab"], tokens: Int[Tensor, "row kept"], counts: Bool[Tensor, "row kept"]
+) -> Float[Tensor, " row"]:
+    """Each row's log P(answer), summed over the answer's tokens. Nats, at most 0."""
+    return (_token_log_probs(logits, tokens) * counts).sum(-1)
+
+
 def answer_loss(
     logits: Float[Tensor, "row kept d_vocab"], tokens: Int[Tensor, "row kept"], counts: Bool[Tensor, "row kept"]
 ) -> Float[Tensor, ""]:
     """-log P(answer), summed over the answer's tokens, averaged over rows. Nats; 0 when every answer is certain."""
-    return -(_token_log_probs(logits, tokens) * counts).sum(-1).mean()
+    return -answer_log_probs(logits, tokens, counts).mean()
 
 
 def text_loss(
@@ -276,6 +283,13 @@ def original_logits(model: Model, batch: Tokens) -> Float[Tensor, "row kept d_vo
     """
     with torch.no_grad():
         return model.hf(batch.ids, use_cache=False, logits_to_keep=_kept(batch)).logits.float()
+
+
+def log_ratios(model: Model, forward: Forward, batch: Tokens) -> Float[Tensor, " row"]:
+    """Each row's log P(answer) - log P0(answer), P0 being the unedited model's. Nats; 0 before the first step."""
+    logits, tokens, counts = predict(forward, batch)
+    before = answer_log_probs(original_logits(model, batch), tokens, counts)
+    return answer_log_probs(logits, tokens, counts) - before
 
 
 def kl_loss(model: Model, rows: Iterator[Tokens]) -> Loss:

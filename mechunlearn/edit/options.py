@@ -61,17 +61,27 @@ class Training(TypedDict, total=False):
     seed: Annotated[int, Field(default=0)]
 
 
+class Unkept(Training, total=False):
+    """`Training` of a method that by its source has no retain and no text term: by default both weigh nothing."""
+
+    retain_weight: Annotated[float, Field(ge=0, default=0.0)]
+    text_weight: Annotated[float, Field(ge=0, default=0.0)]
+
+
 Filled = Mapping[str, Any]
 """Every option of `Training`, by name."""
 
 
-def filled(given: Mapping[str, Any]) -> Filled:
+def filled(given: Mapping[str, Any], kind: type = Training) -> Filled:
     """The options given, with the defaults of the others.
+
+    Args:
+        kind: `Training`, or one of its variants with other defaults: the one that the editor's `**training` unpacks.
 
     Raises:
         TypeError: an option that there is not.
     """
-    fields = get_type_hints(Training, include_extras=True)
+    fields = get_type_hints(kind, include_extras=True)
     if unknown := sorted(given.keys() - fields.keys()):
         raise TypeError(f"editor: got an unexpected option {unknown[0]!r}, allowed: {', '.join(fields)}")
     return {name: given.get(name, _default(annotation)) for name, annotation in fields.items()}

@@ -34,6 +34,26 @@ def forget_rows(
     return batches(tokens, training["batch_size"], seed=training["seed"])
 
 
+def watched_and_retained(split: FactSplit, training: Filled) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
+    """The retained facts that a disruption budget watches (none without one), and those that are trained on."""
+    return set_aside(split.retain_train, split.forget) if training["max_damage"] else ((), split.retain_train)
+
+
+def whole_loss(
+    model: Model, split: FactSplit, own: Sequence[tuple[float, Loss]], training: Filled, *, method: str
+) -> Loss:
+    """The method's own weighted losses plus the retain term and the text term.
+
+    Raises:
+        ValueError: nothing to retain, or every weight 0.
+    """
+    _, retained = watched_and_retained(split, training)
+    parts = (*own, *_keep(model, retained, split.forget, training))
+    if not any(weight for weight, _ in parts):
+        raise ValueError(f"{method}: every loss weight is 0; make one of them positive")
+    return summed(*parts)
+
+
 def trained_edit(
     model: Model, mask: ParameterMask, split: FactSplit, own: Sequence[tuple[float, Loss]], *,
     method: str, options: Mapping[str, Any], training: Filled,
@@ -46,12 +66,9 @@ def trained_edit(
         ValueError: nothing to retain, every weight 0, or a loss that diverges.
     """
     limit = training["max_damage"]
-    watched, retained = set_aside(split.retain_train, split.forget) if limit else ((), split.retain_train)
-    keep = _keep(model, retained, split.forget, training)
-    if not any(weight for weight, _ in (*own, *keep)):
-        raise ValueError(f"{method}: every loss weight is 0; make one of them positive")
+    watched, _ = watched_and_retained(split, training)
     return train_edit(
-        model, mask, summed(*own, *keep),
+        model, mask, whole_loss(model, split, own, training, method=method),
         steps=training["steps"], learning_rate=training["learning_rate"], schedule=training["schedule"],
         accumulation=training["accumulation"], rank=training["rank"],
         prefix_cache_gb=training["prefix_cache_gb"], checkpoint=training["checkpoint"], method=method,
