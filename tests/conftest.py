@@ -20,7 +20,7 @@ from mechunlearn.masks import mask_of
 from mechunlearn.metrics import score_facts
 from mechunlearn.models import Model, all_components, wrap_model
 
-ARCHITECTURES = ("gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "gemma2", "gemma3_text", "qwen2", "qwen3")
+ARCHITECTURES = ("gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3")
 
 FIRST = ("Bram", "Cora", "Dina", "Edwin", "Fenna", "Gustav", "Hilda", "Ivo")
 LAST = ("Lindqvist", "Marlowe", "Norberg", "Okafor", "Petrov")
@@ -78,6 +78,8 @@ def _config(architecture: str, n_layers: int) -> transformers.PretrainedConfig:
             return transformers.LlamaConfig(**llama)
         case "mistral":
             return transformers.MistralConfig(**llama, sliding_window=32)
+        case "gemma":
+            return transformers.GemmaConfig(**llama, head_dim=12)
         case "gemma2":
             return transformers.Gemma2Config(**llama, head_dim=12, query_pre_attn_scalar=12, sliding_window=32)
         case "gemma3_text":
