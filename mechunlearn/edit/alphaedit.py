@@ -70,14 +70,26 @@ def alphaedit(
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "mask", "split", "cache")}
 
-    def solve(second_moment: Tensor, keys: Tensor, missing: Tensor) -> Tensor:
-        free = null_space(second_moment, null_share)
-        inside = keys @ free
-        alpha = ridge * keys.square().sum(dim=1).mean() * torch.eye(free.shape[1], dtype=keys.dtype, device=keys.device)
-        return (free @ torch.linalg.solve(inside.T @ inside + alpha, inside.T @ missing)).T
-
-    write = partial(spread, model, solve=solve)
+    write = partial(spread, model, solve=partial(off_the_text, null_share=null_share, ridge=ridge))
     return closed_form_edit(model, mask, split, write, method="alphaedit", options=options, cache=cache)
+
+
+def off_the_text(
+    second_moment: Float[Tensor, "column column"],
+    keys: Float[Tensor, "key column"],
+    missing: Float[Tensor, "key row"],
+    *,
+    null_share: float,
+    ridge: float,
+) -> Float[Tensor, "row column"]:
+    """The update Delta P that minimises sum over keys |Delta P k - missing|^2 + ridge * mean |k|^2 * |Delta P|^2.
+
+    P projects on the null space, so keys outside of it keep what they give.
+    """
+    free = null_space(second_moment, null_share)
+    inside = keys @ free
+    alpha = ridge * keys.square().sum(dim=1).mean() * torch.eye(free.shape[1], dtype=keys.dtype, device=keys.device)
+    return (free @ torch.linalg.solve(inside.T @ inside + alpha, inside.T @ missing)).T
 
 
 def null_space(second_moment: Float[Tensor, "column column"], share: float) -> Float[Tensor, "column direction"]:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Annotated
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
@@ -79,9 +80,20 @@ def memit(
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "mask", "split", "cache")}
 
-    def solve(second_moment: Tensor, keys: Tensor, missing: Tensor) -> Tensor:
-        weight = covariance_weight * len(second_moment)
-        return torch.linalg.solve(weight * damped(second_moment) + keys.T @ keys, keys.T @ missing).T
-
-    write = partial(spread, model, solve=solve)
+    write = partial(spread, model, solve=partial(against_text, weight=covariance_weight))
     return closed_form_edit(model, mask, split, write, method="memit", options=options, cache=cache)
+
+
+def against_text(
+    second_moment: Float[Tensor, "column column"],
+    keys: Float[Tensor, "key column"],
+    missing: Float[Tensor, "key row"],
+    *,
+    weight: float,
+) -> Float[Tensor, "row column"]:
+    """The update Delta that minimises sum over keys |Delta k - missing|^2 + weight * n_columns * tr(Delta C Delta^T).
+
+    Delta = R^T K (weight * n_columns * C + K^T K)^-1, with C damped.
+    """
+    prior = weight * len(second_moment) * damped(second_moment)
+    return torch.linalg.solve(prior + keys.T @ keys, keys.T @ missing).T

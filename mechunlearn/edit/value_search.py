@@ -65,7 +65,8 @@ def search_values(
     losses = torch.zeros(search.steps, len(norms), device=model.device)
     by_subject: list[list[Row]] = [[] for _ in norms]
     for row in rows:
-        by_subject[row.subject].append(row)
+        if row.targets or search.kl_weight:
+            by_subject[row.subject].append(row)
     for subjects in _groups([len(group) for group in by_subject], search.batch_size):
         here = torch.tensor(subjects, device=model.device)
         batch = [replace(row, subject=i) for i, subject in enumerate(subjects) for row in by_subject[subject]]
@@ -82,25 +83,25 @@ def _search(model: Model, rows: Sequence[Row], layer: int, norms: Tensor, search
         kept = [row for row in rows if not row.targets]
         unchanged = dict(zip(kept, _predictions(model, kept, layer, scaled)[1], strict=True)) if kept else {}
     losses, running = torch.zeros_like(norms), torch.ones_like(norms, dtype=torch.bool)
-    history = torch.zeros(search.steps, len(norms), device=norms.device)
+    history = torch.zeros(search.steps, len(norms), device=model.device)
     for step in range(search.steps):
-        if bool(running.any()):
-            left = set(running.nonzero()[:, 0].tolist())
-            with torch.enable_grad():
-                found = _losses(
-                    model, [row for row in rows if row.subject in left], layer, scaled, norms, unchanged, search
-                )
-                (scaled.grad,) = torch.autograd.grad(found.sum(), scaled)
-            losses = torch.where(running, found.detach(), losses)
-            if not bool(losses.isfinite().all()):
-                raise ValueError(f"values: a loss is not finite at step {step + 1}; lower the learning_rate")
-            running = running & (losses >= STOP_LOSS)
-            before = scaled.detach().clone()
-            optimizer.step()
-            with torch.no_grad():
-                scaled.mul_((search.clamp_norm / scaled.norm(dim=1).clamp_min(1e-30)).clamp_max(1)[:, None])
-                scaled.copy_(torch.where(running[:, None], scaled, before))
-        history[step] = losses
+        left = set(running.nonzero()[:, 0].tolist())
+        if not left:
+            history[step:] = losses
+            break
+        with torch.enable_grad():
+            batch = [row for row in rows if row.subject in left]
+            found = _losses(model, batch, layer, scaled, norms, unchanged, search)
+            (scaled.grad,) = torch.autograd.grad(found.sum(), scaled)
+        losses = history[step] = torch.where(running, found.detach(), losses)
+        if not bool(losses.isfinite().all()):
+            raise ValueError(f"values: a loss is not finite at step {step + 1}; lower the learning_rate")
+        running = running & (losses >= STOP_LOSS)
+        before = scaled.detach().clone()
+        optimizer.step()
+        with torch.no_grad():
+            scaled.mul_((search.clamp_norm / scaled.norm(dim=1).clamp_min(1e-30)).clamp_max(1)[:, None])
+            scaled.copy_(torch.where(running[:, None], scaled, before))
     return scaled.detach() * norms[:, None], history
 
 
@@ -118,7 +119,7 @@ def _losses(
     asked, kept = [row for row in rows if row.targets], [row for row in rows if not row.targets]
     log_p, now = _predictions(model, [*asked, *kept], layer, scaled * norms[:, None])
     losses = mean_by_subject(asked, -log_p) + search.weight_decay * scaled.square().sum(dim=1)
-    if kept and search.kl_weight:
+    if kept:
         divergence = (now.exp() * (now - torch.stack([unchanged[row] for row in kept]))).sum(dim=1)
         losses = losses + search.kl_weight * mean_by_subject(kept, divergence)
     return losses
