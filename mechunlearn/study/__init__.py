@@ -1,1 +1,1 @@
-"""The Mechanistic Unlearning study (arXiv:2410.12949) as seeded, resumable runs: presets -> jobs -> tables -> claims."""
+"""The Mechanistic Unlearning study (arXiv:2410.12949) as seeded, resumable runs: preset -> jobs -> tables -> claims."""
