@@ -39,6 +39,7 @@ ORDER = (
     ("judging",),
     ("experiment",),
     ("bench",),
+    ("study",),
     ("report",),
     ("exploration",),
     ("explorer",),
