@@ -1,4 +1,4 @@
-"""The command line: one command a verb, plus edges, run, plan, list, organism, bench. Heavy imports are in commands."""
+"""The command line: one command a verb, plus edges, run, plan, list, organism, bench, study. Imports are in commands."""
 
 import contextlib
 import sys
@@ -26,6 +26,9 @@ app.add_typer(organism_app, name="organism")
 
 bench_app = typer.Typer(help="Measure the program itself on models of known truth.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+
+study_app = typer.Typer(help="The Mechanistic Unlearning study (arXiv:2410.12949).", no_args_is_help=True)
+app.add_typer(study_app, name="study")
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)  # rich takes 80 for a pipe or a file
 
@@ -437,6 +440,36 @@ def bench_coverage(
     table = stages.bench_coverage(draws, out)
     _print_frame(table, title="Coverage of intervals with a nominal 95%")
     console.print(f"table: {escape(str(out / 'coverage.csv'))}", soft_wrap=True)
+
+
+@study_app.command("plan")
+def study_plan(
+    preset: Annotated[
+        str, typer.Argument(help="sports-athletes-16, sports-whole, counterfact-64, ..., or a TOML file.")
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", help="In place of the preset's: a model file's name (gemma-2-9b) or path.")
+    ] = None,
+    tflops: Annotated[
+        float, typer.Option("--tflops", help="What the device reaches; 400 is 40% of an H100's peak in bfloat16.")
+    ] = 400.0,
+    card: Annotated[float, typer.Option("--card", help="Memory of the device, in GB.")] = 80.0,
+) -> None:
+    """Resolve every arm of a study on a model, and estimate memory and hours; downloads and runs nothing."""
+    from mechunlearn.study.settings import load_study
+
+    study, about = load_study(preset, model=model)
+    from mechunlearn.study.dry_run import dry_run
+
+    tables = dry_run(study, about, tflops=tflops, card=card)
+    titles = {
+        "facts": f"{study.name} on {about.name}: facts",
+        "arms": "Arms: what each may edit",
+        "memory": f"GB at the worst moment (checkpointed: what it would be so; fits: into {card:g} GB)",
+        "hours": f"Hours at {tflops:g} TFLOP/s (estimates from shapes: small batches reach less)",
+    }
+    for name, frame in tables.items():
+        _print_frame(frame, title=titles[name])
 
 
 def main() -> None:

@@ -5,8 +5,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from mechunlearn.attack import ATTACKS
 from mechunlearn.components import Component
 from mechunlearn.registry import did_you_mean
 from mechunlearn.settings import FactsSettings, Options, Strict, check
@@ -14,6 +15,14 @@ from mechunlearn.settings import FactsSettings, Options, Strict, check
 TaskName = Literal["athletes", "sport", "counterfact"]
 Trial = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
 """[learning rate, weight of the edit's own term]."""
+
+
+class NSettings(Strict):
+    """What another number of facts to forget asks for, in place of the task's own."""
+
+    n_mlps: Annotated[int, Field(ge=1)] | None = None
+    start: dict[str, Trial] | None = None
+    components: dict[str, list[str]] | None = None
 
 
 class TaskSettings(Strict):
@@ -26,6 +35,8 @@ class TaskSettings(Strict):
     """MLPs that fact lookup may edit; every arm that is matched to it edits exactly as many entries."""
     steps: Annotated[int, Field(ge=1)] = 50
     batch_size: Annotated[int, Field(ge=1)] = 32
+    accumulation: Annotated[int, Field(ge=1)] = 1
+    """Batches a step."""
     max_damage: Annotated[float, Field(gt=0)] = 0.05
     """KL(original || edited) on retained prompts, nats a token: every edit ends there at the latest."""
     trials: Annotated[list[Trial], Field(min_length=1)]
@@ -34,13 +45,22 @@ class TaskSettings(Strict):
     """Arm -> the values published for it: where a search of one's own may begin. They are among `trials`."""
     components: dict[str, list[str]] = Field(default_factory=dict)
     """Arm -> the components published for it: used with `published_components`."""
+    rank: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Arm -> rank of its updates inside the mask, where training all entries would not fit on one card."""
+    by_n: dict[Annotated[str, Field(pattern=r"^[0-9]+$")], NSettings] = Field(default_factory=dict)
+    """Number of facts -> what was published for so many; `load_study` puts it in place."""
 
     @model_validator(mode="after")
     def _known_components(self) -> "TaskSettings":
-        for names in self.components.values():
-            for name in names:
+        for arms in (self.components, *(other.components or {} for other in self.by_n.values())):
+            for name in (name for names in arms.values() for name in names):
                 Component.parse(name)
         return self
+
+    def at(self, n: int | None) -> "TaskSettings":
+        """The task for so many facts to forget."""
+        other = self.by_n.get(str(n))
+        return self if other is None else self.model_copy(update=other.model_dump(exclude_none=True))
 
 
 class ModelSettings(Strict):
@@ -58,6 +78,13 @@ class ModelSettings(Strict):
     """Attacks on every arm."""
     standard: dict[str, Options]
     """Attacks on the localized, the random-MLP and the non-localized arm."""
+
+    @field_validator("quick", "standard")
+    @classmethod
+    def _known_attacks(cls, value: dict[str, Options]) -> dict[str, Options]:
+        for name, options in value.items():
+            ATTACKS.get(name).validate(options)
+        return value
 
 
 class StudySettings(Strict):
@@ -96,6 +123,8 @@ def study_models() -> tuple[str, ...]:
 def load_study(name_or_path: str | Path, **changes: Any) -> tuple[StudySettings, ModelSettings]:
     """Read a preset and its model's file, each by name or by path; a change that is None is none.
 
+    The model's task is the one for the preset's number of facts, its `config` a path from here.
+
     Raises:
         FileNotFoundError: neither a preset nor a file.
         ValueError: broken syntax, an unknown key, a value out of range, or a model without this task.
@@ -107,7 +136,9 @@ def load_study(name_or_path: str | Path, **changes: Any) -> tuple[StudySettings,
     model = check(ModelSettings, {"name": where.stem, **about}, str(where))
     if study.task not in model.tasks:
         raise ValueError(f"{where}: got no task '{study.task}', allowed for {model.name}: {', '.join(model.tasks)}")
-    return study, model
+    tasks = model.tasks | {study.task: model.tasks[study.task].at(study.n)}
+    config = model.config and str(where.parent / model.config)
+    return study, model.model_copy(update={"tasks": tasks, "config": config})
 
 
 def _names(folder: str) -> tuple[str, ...]:

@@ -51,6 +51,9 @@ BROKEN = {
     "arm of nothing": ["run", "demo", "--set", "arms=[{}]"],
     "cost of a size there is none of": ["bench", "speed", "--size", "llama-8b"],
     "cost in a format there is none of": ["bench", "speed", "--dtype", "float8"],
+    "study there is none of": ["study", "plan", "sports-athlete-16"],
+    "study on a model there is no file of": ["study", "plan", "sports-whole", "--model", "gemma-9b"],
+    "study on a card of nothing": ["study", "plan", "sports-whole", "--card", "0"],
     "bench without a second twin": ["bench", "verdict", "--set", "second_twin='atlas'", "--set", "arms=[]"],
 }
 
