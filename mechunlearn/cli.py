@@ -1,4 +1,4 @@
-"""The command line: one command a verb, plus edges, run, plan, list, organism, bench, study. Imports are in commands."""
+"""The command line: a command a verb, plus edges, run, plan, list, organism, bench, study. Imports are in commands."""
 
 import contextlib
 import sys
@@ -440,6 +440,58 @@ def bench_coverage(
     table = stages.bench_coverage(draws, out)
     _print_frame(table, title="Coverage of intervals with a nominal 95%")
     console.print(f"table: {escape(str(out / 'coverage.csv'))}", soft_wrap=True)
+
+
+PresetsArgument = Annotated[
+    list[str] | None, typer.Argument(help="Presets of the study or TOML files; none: all but the quick one.")
+]
+StudyOut = Annotated[Path, typer.Option("--out", help="Folder of finished jobs and tables.")]
+StudyModel = Annotated[
+    str | None, typer.Option("--model", help="Run on this model's file in place of the preset's own.")
+]
+
+
+@study_app.command("run")
+def study_run(
+    presets: PresetsArgument = None,
+    model: StudyModel = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="In place of the presets' own.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Three arms, two seeds, the smallest attacks.")] = False,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes of one thread each.")] = 2,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    out: StudyOut = Path(".runs/study"),
+) -> None:
+    """Locate, tune, edit and attack every arm of the presets; goes on where it stopped, also on another day."""
+    from mechunlearn import study_stage
+
+    if quick and presets:
+        raise ValueError(f"study run: got --quick beside {', '.join(presets)}; leave one of them out")
+    names = [study_stage.QUICK] if quick else presets or []
+    parts = study_stage.chosen_parts(names, out, model=model, seeds=seeds, device=device, workers=workers)
+    _print_frame(study_stage.planned(parts, workers=workers), title="Estimated hours from the beginning")
+    with _progress() as progress:
+        tables = study_stage.run(parts, out, workers=workers, on_progress=progress)
+    _show_study(tables, out)
+
+
+@study_app.command("report")
+def study_report(
+    presets: PresetsArgument = None,
+    model: StudyModel = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="As given to `study run`.")] = None,
+    out: StudyOut = Path(".runs/study"),
+) -> None:
+    """Write the tables and figures of those presets that are finished, from their jobs; runs nothing."""
+    from mechunlearn import study_stage
+
+    parts = study_stage.chosen_parts(presets or [], out, model=model, seeds=seeds, device="auto", workers=1)
+    _show_study(study_stage.write_tables(parts, out), out)
+
+
+def _show_study(tables: Any, out: Path) -> None:
+    shown = tables.verdicts.loc[:, ["preset", "arm", "level", "word", "strongest", "D", "lower", "upper", "n_facts"]]
+    _print_frame(shown, title="Verdicts, all seeds together")
+    console.print(f"tables and figures: {escape(str(out / 'tables'))}", soft_wrap=True)
 
 
 @study_app.command("plan")

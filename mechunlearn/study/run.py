@@ -68,11 +68,13 @@ class Part:
         """What `locate` wrote."""
         return json.loads(_located_path(self, seed).read_text(encoding="utf-8"))["arms"]
 
-    def options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    def options(self, arm: Arm, options: Mapping[str, Any]) -> dict[str, Any]:
         """An editor's options for one block."""
         task = self.model.tasks[self.study.task]
-        fixed = {"steps": task.steps, "batch_size": task.batch_size, "max_damage": task.max_damage / self.study.blocks}
-        return {**fixed, **options}
+        return {
+            "steps": task.steps, "batch_size": task.batch_size, "accumulation": task.accumulation,
+            "max_damage": task.max_damage / self.study.blocks, "rank": task.rank.get(arm.name), **options,
+        }  # fmt: skip
 
     def n_entries(self, seed: int) -> int:
         """What a matched arm edits."""
@@ -83,7 +85,7 @@ class Part:
         arm = arm_named(name)
         return Job(
             study=self.study, model=self.model, seed=seed, blocks=tuple(map(tuple, self.located(seed)[name])),
-            n_entries=self.n_entries(seed) if arm.matched else None, options=self.options(options), **more,
+            n_entries=self.n_entries(seed) if arm.matched else None, options=self.options(arm, options), **more,
         )  # fmt: skip
 
 
