@@ -132,7 +132,7 @@ def carry_out(job: Job, home: Path) -> str:
     if job.suppression is not None and job.on == "model":
         record["acceptance"] = asdict(accept(model, deal.split, edits[0]))
     record |= {
-        "components": [[str(c) for c in edit.mask.components] for edit in edits],
+        "components": [list(block) for block in job.blocks],
         "n_selected": [edit.mask.n_selected for edit in edits],
         "notes": [dict(edit.notes) for edit in edits], "loss": [edit.history[-1] for edit in edits if edit.history],
         "options": dict(job.options), "hidden_p_true": hidden, "evaluated": evaluation is not None,
