@@ -1,4 +1,4 @@
-"""The command line: one command a verb, plus edges, run, plan, list, organism, bench, study. Imports are in commands."""
+"""The command line: a command a verb, plus edges, run, plan, list, organism, bench, study. Imports are in commands."""
 
 import contextlib
 import sys
