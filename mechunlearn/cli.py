@@ -429,6 +429,31 @@ def bench_speed(
     console.print(f"table: {escape(str(out / 'speed.csv'))}", soft_wrap=True)
 
 
+@bench_app.command("edit-speed")
+def bench_edit_speed(
+    size: Annotated[
+        list[str] | None,
+        typer.Option("--size", help="As in `bench speed`; without it llama-8x128 and llama-4x256. Repeatable."),
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often all is measured, in turns.")] = 5,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    out: Annotated[Path, typer.Option("--out", help="Folder that receives edit_speed.csv.")] = Path(".runs/edit_speed"),
+) -> None:
+    """What a localized training step costs, as a share of full fine-tuning, on random models."""
+    from mechunlearn import stages
+
+    sizes = size or ["llama-8x128", "llama-4x256"]
+    with _progress() as progress:
+        table = stages.bench_edit_speed(sizes, out, device=device, dtype=dtype, rounds=rounds, on_progress=progress)
+    _print_frame(
+        table.drop(columns=["device", "date", "threads", "dtype"]),
+        title=f"Over full fine-tuning, on {table['device'][0]}: time of a step (floor: by matrix products), "
+        "bytes of gradients and optimizer held, entries trained, peak memory",
+    )
+    console.print(f"table: {escape(str(out / 'edit_speed.csv'))}", soft_wrap=True)
+
+
 @bench_app.command("coverage")
 def bench_coverage(
     draws: Annotated[int, typer.Option("--draws", min=200, help="Simulated data sets an interval.")] = 2000,

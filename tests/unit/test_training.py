@@ -196,13 +196,13 @@ def test_a_loss_that_looks_at_activations_sees_those_of_its_batch(tiny_model, la
         batch = next(rows)
         with hooked(model, record=[("block", layer)]) as seen:
             value = text_loss(*predict(forward, batch))
-        found.append((batch.ids, seen["block", layer].detach(), value))
+        found.append((batch.ids, seen["block", layer].detach()))
         return value
 
-    train(model, masked_trainable(model, mlps(model, 1)), loss, steps=1, learning_rate=1e-3)
-    for ids, stream, _ in found:
+    train(model, masked_trainable(model, mlps(model, 2)), loss, steps=1, learning_rate=1e-3)
+    for ids, stream in found:
         with hooked(model, record=[("block", layer)]) as seen, torch.no_grad():
-            model.hf(ids, use_cache=False)
+            model.hf(ids, use_cache=False)  # before the first update
         torch.testing.assert_close(stream, seen["block", layer], atol=1e-6, rtol=1e-5)
 
 
