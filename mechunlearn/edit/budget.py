@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechunlearn.edit.training import Trainable, substituted
+from mechunlearn.edit.training import Trainable, masked_trainable, substituted
 from mechunlearn.facts import Fact
+from mechunlearn.masks import ParameterMask
 from mechunlearn.metrics import Reference, kl_from, reference_of
 from mechunlearn.models import Model
 from mechunlearn.prompts import render
@@ -96,6 +97,27 @@ class Budget:
     def _set(self, inside: Mapping[str, Tensor], outside: Mapping[str, Tensor], share: float) -> None:
         for name, leaf in self.trainable.leaves.items():
             leaf.copy_(torch.lerp(inside[name], outside[name], share))
+
+
+def brought_within(
+    model: Model, mask: ParameterMask, values: Mapping[str, Tensor], watched: Sequence[Fact], *, limit: float
+) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """Scale a finished change of the masked entries down until it does no more than the damage allowed.
+
+    Returns:
+        The values, and the notes of the budget.
+    """
+    trainable = masked_trainable(model, mask)
+    budget = Budget.of(model, trainable, watched, limit=limit, steps=1)
+    with torch.no_grad():
+        for name, leaf in trainable.leaves.items():
+            leaf.copy_(values[name].to(leaf).reshape(leaf.shape))
+    budget.finish()
+    parameters = dict(model.hf.named_parameters())
+    made = {
+        name: leaf.detach().reshape(-1).to("cpu", parameters[name].dtype) for name, leaf in trainable.leaves.items()
+    }
+    return made, budget.notes()
 
 
 def _copy(trainable: Trainable) -> dict[str, Tensor]:

@@ -27,8 +27,10 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     standard: bool = False
     """Whether it is also attacked at the standard level."""
+    editor: str = "inject"
 
 
+ERASURE = "lookup-erasure"
 BOTH: tuple[Kind, ...] = ("mlp", "attention")
 LOOKUP, RANDOM_MLPS, NONLOCALIZED = "lookup-probe", "random-mlps", "nonlocalized"
 ARMS = (
@@ -42,6 +44,8 @@ ARMS = (
     Arm(name=RANDOM_MLPS, localizer="random_mlps", standard=True),
     Arm(name="all-mlps", matched=False),
     Arm(name=NONLOCALIZED, kinds=BOTH, matched=False, standard=True),
+    # beyond the paper: the same MLPs, but what they look up is erased, not overwritten
+    Arm(name=ERASURE, localizer="fact_lookup_probe", options={"draws": 1}, standard=True, editor="lookup_erasure"),
 )
 DRAWN = ("random", RANDOM_MLPS)
 """Arms that are drawn: `draw` tells draws of one seed apart."""

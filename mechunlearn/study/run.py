@@ -24,6 +24,8 @@ CONTROLS: Mapping[str, Mapping[str, Any]] = {
     "lora": {"steps": 60, "batch_size": 24, "learning_rate": 6e-3},
 }
 """Positive controls and their options: attacks that bring these back can show that something is hidden."""
+KEEP_WEIGHTS = (5.0, 1.25, 2.5, 10.0)
+"""What the tuner tries where there is no learning rate."""
 COPIED = ("random-mlps#0", NONLOCALIZED)
 """Arms that are run a second time with fact lookup's options, as the paper tuned some arms and copied to others."""
 LEVELS: tuple[Level, ...] = ("quick", "standard")
@@ -71,6 +73,8 @@ class Part:
     def options(self, arm: Arm, options: Mapping[str, Any]) -> dict[str, Any]:
         """An editor's options for one block."""
         task = self.model.tasks[self.study.task]
+        if arm.editor == "lookup_erasure":
+            return {"max_damage": task.max_damage / self.study.blocks, **options}
         return {
             "steps": task.steps, "batch_size": task.batch_size, "accumulation": task.accumulation,
             "max_damage": task.max_damage / self.study.blocks, "rank": task.rank.get(arm.name), **options,
@@ -85,7 +89,8 @@ class Part:
         arm = arm_named(name)
         return Job(
             study=self.study, model=self.model, seed=seed, blocks=tuple(map(tuple, self.located(seed)[name])),
-            n_entries=self.n_entries(seed) if arm.matched else None, options=self.options(arm, options), **more,
+            n_entries=self.n_entries(seed) if arm.matched else None, options=self.options(arm, options),
+            editor=arm.editor, **more,
         )  # fmt: skip
 
 
@@ -126,6 +131,8 @@ def trials(part: Part) -> dict[str, list[tuple[dict[str, Any], Job]]]:
     for arm in part.arms:
         name = f"{arm.name}#0" if arm.name in DRAWN else arm.name
         listed = [{"learning_rate": rate, "inject_weight": weight} for rate, weight in task.trials]
+        if arm.editor == "lookup_erasure":  # as many trials as the others have
+            listed = [{"keep_weight": KEEP_WEIGHTS[i % len(KEEP_WEIGHTS)]} for i in range(len(task.trials))]
         tried[arm.name] = [(options, part.job(name, seed, options, level="tune")) for options in listed]
     return tried
 
