@@ -27,8 +27,8 @@ def rmu(
     layer: Annotated[
         int | None, Field(ge=0, description="after which the stream is steered; None: the last masked")
     ] = None,
-    steering: Annotated[float, Field(gt=0)] = 1.0,
-    alpha: Annotated[float, Field(ge=0)] = 100.0,
+    steering: Annotated[float, Field(gt=0)] = 4.0,
+    alpha: Annotated[float, Field(ge=0)] = 10.0,
     forget_weight: Annotated[float, Field(ge=0)] = 1.0,
     **training: Unpack[Unkept],
 ) -> WeightEdit:
