@@ -42,8 +42,8 @@ def weight_mask(
     loss = objective_weight * (-log P(target_new), or -log(1 - P(target_true)) as in `forget`) on the facts to forget
          + l1 * (1 - mean gate) + what is kept, see `edit.options.Training`
 
-    with W' = gate * W. Gates start at 1, where the model is the original, and are clamped after each step. An edit that
-    can only take away tells whether these weights hold the facts; what is learnt cannot be hidden in their new values.
+    with W' = gate * W. Gates start at 1, where the model is the original, and are clamped after each step. No
+    weight gets a new value of its own: the edit can only take away.
 
     Args:
         objective: of the gates' training: "inject" needs a `target_new`.
@@ -56,7 +56,7 @@ def weight_mask(
 
     Differs from the source: AdamW, not SGD with momentum; gates are trained, not weights between 0 and their value; the
         L1 term is a mean with a weight of its own, not relative to its first value; -log(1 - P) is offered, too.
-    Source: Guo et al. 2024, arXiv:2410.12949, appendix on weight masking (5.3 of reference/mechanistic-unlearning.md).
+    Source: Guo et al. 2024, arXiv:2410.12949, weight masking (5.3 of reference/mechanistic-unlearning.md).
     """
     options = filled(training, GateTraining)
     n = _number(n_pruned, mask.n_selected)
