@@ -56,7 +56,7 @@ class Budget:
         """After a step: whether to end here. `train` calls it."""
         if step % self.every:
             return False
-        now = self._measure()
+        now = self.measure()
         if now <= self.limit:
             self._inside, self.damage = _copy(self.trainable), now
             return False
@@ -66,16 +66,17 @@ class Budget:
 
     def finish(self) -> None:
         """After the last step, which no check may have looked at."""
-        if self.stopped_at is None and self._measure() > self.limit:
+        if self.stopped_at is None and self.measure() > self.limit:
             self._bisect()
         elif self.stopped_at is None:
-            self.damage = self._measure()
+            self.damage = self.measure()
 
     def notes(self) -> Mapping[str, Any]:
         """What is recorded beside the edit."""
         return {"max_damage": self.limit, "damage": self.damage, "stopped_at": self.stopped_at}
 
-    def _measure(self) -> float:
+    def measure(self) -> float:
+        """The damage at the present state of what is trained, in nats."""
         with substituted(self.model, self.trainable.overrides()):
             return kl_from(self.model, self.reference)
 
@@ -87,7 +88,7 @@ class Budget:
         for _ in range(BISECTIONS):
             share = (low + high) / 2
             self._set(inside, outside, share)
-            damage = self._measure()
+            damage = self.measure()
             if damage <= self.limit:
                 low, self.damage = share, damage
             else:

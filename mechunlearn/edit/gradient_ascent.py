@@ -35,7 +35,7 @@ def gradient_ascent(
         ValueError: a part that is needed is empty, or the loss diverges to something that is no number.
 
     Differs from the source: summed over an answer's tokens, not averaged.
-    Source: Jang et al. 2023, arXiv:2210.01504, section 3; Maini et al. 2024, arXiv:2401.06121 ("gradient ascent").
+    Source: Jang et al. 2023, arXiv:2210.01504; Maini et al. 2024, arXiv:2401.06121 ("gradient ascent").
     """
     options = filled(training, Unkept)
     rows = forget_rows(model, split, options)

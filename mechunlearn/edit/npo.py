@@ -48,7 +48,7 @@ def npo(
         ValueError: a part that is needed is empty, or the loss diverges.
 
     Differs from the source: running text is kept, too.
-    Source: Zhang et al. 2024, arXiv:2404.05868, equation 3.
+    Source: Zhang et al. 2024, arXiv:2404.05868.
     """
     options = filled(training)
     rows = forget_rows(model, split, options)

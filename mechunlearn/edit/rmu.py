@@ -27,8 +27,8 @@ def rmu(
     layer: Annotated[
         int | None, Field(ge=0, description="after which the stream is steered; None: the last masked")
     ] = None,
-    steering: Annotated[float, Field(gt=0)] = 1.0,
-    alpha: Annotated[float, Field(ge=0)] = 100.0,
+    steering: Annotated[float, Field(gt=0)] = 4.0,
+    alpha: Annotated[float, Field(ge=0)] = 10.0,
     forget_weight: Annotated[float, Field(ge=0)] = 1.0,
     **training: Unpack[Unkept],
 ) -> WeightEdit:
@@ -40,6 +40,9 @@ def rmu(
     with h the stream after block `layer`, h0 the original's, u a random unit vector, s the mean length of h0 over a
     batch's tokens and s2 its mean square. Nothing after `layer` is computed. Keeping the model's output as well weighs
     0 unless it is given weights, see `edit.options.Training`.
+
+    The tokens before the subject are the same in forgotten and retained facts of a relation, where the two terms pull
+    against each other: the ratio of `steering` to `alpha` decides which wins.
 
     Args:
         layer: the source steers after the last of the three layers that it trains.
@@ -53,7 +56,7 @@ def rmu(
     Differs from the source: its vector has a length of its own for each model (c = 6.5 for Zephyr 7B), here it follows
         the stream's; u is drawn from the normal distribution, as LayerNorm subtracts most of a vector of positive
         entries; the first token is left out, see `prompt_tokens`; retained facts are kept, not only text.
-    Source: Li et al. 2024, arXiv:2403.03218, section 4 (where alpha is 1200).
+    Source: Li et al. 2024, arXiv:2403.03218 (where alpha is 1200 for Zephyr 7B).
     """
     options = filled(training, Unkept)
     layers = masked_layers(model, mask)

@@ -49,7 +49,7 @@ def simnpo(
         ValueError: a part that is needed is empty, or the loss diverges.
 
     Differs from the source: running text is kept, too.
-    Source: Fan et al. 2024, arXiv:2410.07163, equation 4.
+    Source: Fan et al. 2024, arXiv:2410.07163.
     """
     options = filled(training)
     rows = forget_rows(model, split, options)
