@@ -18,11 +18,15 @@ if TYPE_CHECKING:
     from mechunlearn.checkpoints import load_model, save_model
     from mechunlearn.components import Component, ComponentScores
     from mechunlearn.edit.edits import WeightEdit, applied, export_edit, load_edit, save_edit
+    from mechunlearn.edit.sequential import edit_sequentially
+    from mechunlearn.edit.stack import EditStack
+    from mechunlearn.edit.stack_files import load_stack, save_stack
     from mechunlearn.explorer import explore
     from mechunlearn.facts import Fact, FactSet, FactSplit, split_facts, with_edit_targets
     from mechunlearn.masks import ParameterMask, mask_of, select_components
     from mechunlearn.models import Model, wrap_model
-    from mechunlearn.random_masks import random_mask_like
+    from mechunlearn.random_masks import random_mask_like, random_matrices
+    from mechunlearn.selection import select_entries, select_exactly
     from mechunlearn.sources.loading import load_facts
     from mechunlearn.verdict import Verdict, decide
 
@@ -31,6 +35,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Component": "components",
     "ComponentScores": "components",
+    "EditStack": "edit.stack",
     "Fact": "facts",
     "FactSet": "facts",
     "FactSplit": "facts",
@@ -40,16 +45,22 @@ _HOME = {
     "WeightEdit": "edit.edits",
     "applied": "edit.edits",
     "decide": "verdict",
+    "edit_sequentially": "edit.sequential",
     "explore": "explorer",
     "export_edit": "edit.edits",
     "load_edit": "edit.edits",
     "load_facts": "sources.loading",
     "load_model": "checkpoints",
+    "load_stack": "edit.stack_files",
     "mask_of": "masks",
     "random_mask_like": "random_masks",
+    "random_matrices": "random_masks",
     "save_edit": "edit.edits",
     "save_model": "checkpoints",
+    "save_stack": "edit.stack_files",
     "select_components": "masks",
+    "select_entries": "selection",
+    "select_exactly": "selection",
     "split_facts": "facts",
     "with_edit_targets": "facts",
     "wrap_model": "models",
@@ -59,6 +70,7 @@ _VERBS = ("attack", "edit", "evaluate", "localize", "report")
 __all__ = [
     "Component",
     "ComponentScores",
+    "EditStack",
     "Fact",
     "FactSet",
     "FactSplit",
@@ -70,19 +82,25 @@ __all__ = [
     "attack",
     "decide",
     "edit",
+    "edit_sequentially",
     "evaluate",
     "explore",
     "export_edit",
     "load_edit",
     "load_facts",
     "load_model",
+    "load_stack",
     "localize",
     "mask_of",
     "random_mask_like",
+    "random_matrices",
     "report",
     "save_edit",
     "save_model",
+    "save_stack",
     "select_components",
+    "select_entries",
+    "select_exactly",
     "split_facts",
     "with_edit_targets",
     "wrap_model",

@@ -7,12 +7,13 @@ import pandas as pd
 from pydantic import Field
 
 from mechunlearn.evaluate.disruption import Baseline, disruption_rows, take_baseline
+from mechunlearn.evaluate.drift import drift
 from mechunlearn.evaluate.knowledge import FormKind, edit_success_rows, knowledge_rows, neighborhood_rows
 from mechunlearn.evaluate.results import Evaluation
 from mechunlearn.facts import FactSplit
 from mechunlearn.models import Model
 
-__all__ = ["PARTS", "Baseline", "Evaluation", "evaluate", "take_baseline"]
+__all__ = ["PARTS", "Baseline", "Evaluation", "drift", "evaluate", "take_baseline"]
 
 PARTS = ("forget_shown", "forget_hidden", "attack_dev", "retain_test", "same_subject")
 

@@ -13,6 +13,7 @@ ORDER = (
         "registry",
         "facts",
         "files",
+        "splits",
         "html_card",
         "rankings",
         "components",
