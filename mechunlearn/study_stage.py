@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from mechunlearn.files import replaceable, whole_folder
 from mechunlearn.report.study import arms_figure, claims_figure
-from mechunlearn.runs import replaceable, whole_folder
 from mechunlearn.study.claims import beside_published, claim_table
 from mechunlearn.study.run import Part, Progress, estimate, parts_of, run_study
 from mechunlearn.study.settings import load_study, study_presets

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mechunlearn.edit import EDITORS
-from mechunlearn.edit.closed_form import closed_form_edit
+from mechunlearn.edit.closed_form import closed_form_edit, up_to
 from mechunlearn.edit.edits import WeightEdit
 from mechunlearn.edit.losses import Forms
 from mechunlearn.edit.spreading import spread
@@ -29,6 +29,7 @@ def alphaedit(
     learning_rate: Annotated[float, Field(gt=0)] = 0.05,
     null_share: Annotated[float, Field(gt=0, lt=1)] = 0.1,
     ridge: Annotated[float, Field(gt=0)] = 0.1,
+    layer: Annotated[int | None, Field(ge=0)] = None,
     kl_weight: Annotated[float, Field(ge=0)] = 0.0625,
     weight_decay: Annotated[float, Field(ge=0)] = 0.0,
     clamp_norm: Annotated[float, Field(ge=0)] = 0.75,
@@ -61,7 +62,7 @@ def alphaedit(
 
     Raises:
         ValueError: a mask without MLP output projections, a fact without `target_new`, a loss that is not finite, or
-            not one direction in the null space.
+            not one direction in the null spaces.
 
     Differs from the source: the null space is by share of the trace (the source: eigenvalues below 0.02, which depends
         on the model's scale); `ridge` goes with the keys' length (the source's is 10); and as `memit`, whose values and
@@ -70,39 +71,50 @@ def alphaedit(
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "mask", "split", "cache")}
 
-    write = partial(spread, model, solve=partial(off_the_text, null_share=null_share, ridge=ridge))
-    return closed_form_edit(model, mask, split, write, method="alphaedit", options=options, cache=cache)
+    n_free: list[int] = []
 
+    def solve(second_moment: Tensor, keys: Tensor, missing: Tensor) -> Tensor:
+        free = null_space(second_moment, null_share)
+        n_free.append(free.shape[1])
+        return confined_update(free, keys, missing, ridge)
 
-def off_the_text(
-    second_moment: Float[Tensor, "column column"],
-    keys: Float[Tensor, "key column"],
-    missing: Float[Tensor, "key row"],
-    *,
-    null_share: float,
-    ridge: float,
-) -> Float[Tensor, "row column"]:
-    """The update Delta P that minimises sum over keys |Delta P k - missing|^2 + ridge * mean |k|^2 * |Delta P|^2.
-
-    P projects on the null space, so keys outside of it keep what they give.
-    """
-    free = null_space(second_moment, null_share)
-    inside = keys @ free
-    alpha = ridge * keys.square().sum(dim=1).mean() * torch.eye(free.shape[1], dtype=keys.dtype, device=keys.device)
-    return (free @ torch.linalg.solve(inside.T @ inside + alpha, inside.T @ missing)).T
+    write = partial(spread, model, solve=solve)
+    edit = closed_form_edit(
+        model,
+        mask,
+        split,
+        write,
+        method="alphaedit",
+        options=options,
+        cache=cache,
+        layers=up_to(model, layer, "alphaedit"),
+    )
+    if n_free and not any(n_free):
+        raise ValueError(
+            f"alphaedit: got null_share {null_share:g}, but each direction of the masked keys holds more of the text; "
+            "raise null_share, or select more neurons"
+        )
+    return edit
 
 
 def null_space(second_moment: Float[Tensor, "column column"], share: float) -> Float[Tensor, "column direction"]:
-    """The eigenvectors of a second moment, from the least on, on which at most this share of its trace lies.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The eigenvectors of a second moment, from the least on, on which at most this share of its trace lies."""
     values, vectors = torch.linalg.eigh(second_moment)
-    free = vectors[:, values.clamp_min(0).cumsum(0) <= share * values.clamp_min(0).sum()]
-    if not free.shape[1]:
-        raise ValueError(
-            f"alphaedit: got null_share {share:g}, but each of the {len(second_moment)} directions of the keys holds "
-            "more of the text; raise null_share"
-        )
-    return free
+    values = values.clamp_min(0)
+    return vectors[:, values.cumsum(0) <= share * values.sum()]
+
+
+def confined_update(
+    free: Float[Tensor, "column direction"],
+    keys: Float[Tensor, "key column"],
+    missing: Float[Tensor, "key row"],
+    ridge: float,
+) -> Float[Tensor, "row column"]:
+    """The update Delta of free directions only with the least sum over keys |Delta k - missing|^2 + a |Delta|^2.
+
+    a = ridge * mean |k|^2. Keys without a share in the free directions keep what they give.
+    """
+    inside = keys @ free
+    penalty = ridge * keys.square().sum(dim=1).mean()
+    normal = inside.T @ inside + penalty * torch.eye(free.shape[1], dtype=keys.dtype, device=keys.device)
+    return (free @ torch.linalg.solve(normal, inside.T @ missing)).T

@@ -33,14 +33,14 @@ def closed_form_edit(
     method: str,
     options: Mapping[str, Any],
     cache: bool | str,
-    layers: Callable[[list[int]], list[int]] = list,
+    layers: Callable[[list[int]], list[int]],
 ) -> WeightEdit:
     """Let `write` change the masked output projections, and keep what became of them; the model stays as it is.
 
     Args:
         options: of the editor; those of texts, C and search are read from here.
         cache: see `covariance.cache_folder`; no part of the record, for it changes nothing.
-        layers: which of the masked layers are edited.
+        layers: which of the masked layers are edited, such as `up_to(model, layer, method)`.
 
     Raises:
         ValueError: a mask without output projections, or facts that cannot be edited.
@@ -66,6 +66,25 @@ def closed_form_edit(
         method=method, options=options, seed=options["seed"],
         facts_sha256=hash_facts((*split.forget, *split.retain_train)), history=tuple(losses.mean(dim=1).tolist()),
     )  # fmt: skip
+
+
+def up_to(model: Model, layer: int | None, method: str) -> Callable[[list[int]], list[int]]:
+    """The masked layers up to this one; None: up to the last, but the model's last layer only if it is alone.
+
+    After the model's last MLP no attention reads what stands at the subject.
+
+    Raises:
+        ValueError: when called, a layer that is not masked.
+    """
+
+    def chosen(masked: list[int]) -> list[int]:
+        if layer is None:
+            return [each for each in masked if each < model.n_layers - 1] or masked
+        if layer not in masked:
+            raise ValueError(f"{method}: got layer {layer}, allowed: the masked MLPs, {', '.join(map(str, masked))}")
+        return [each for each in masked if each <= layer]
+
+    return chosen
 
 
 def kept_moments(

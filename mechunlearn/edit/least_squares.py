@@ -17,6 +17,7 @@ Solve = Callable[
 """(second moment of keys that matter, keys, what is missing of their values) -> update; all in float64."""
 
 DAMPING = 1e-4
+"""In mean eigenvalues of a second moment."""
 
 
 def masked_update(
@@ -28,7 +29,9 @@ def masked_update(
 ) -> Float[Tensor, "d_model d_mlp"]:
     """The update within the allowed entries, 0 elsewhere; rows with the same allowed entries are solved at once."""
     update = torch.zeros_like(allowed, dtype=keys.dtype)
-    patterns, pattern_of = torch.unique(allowed, dim=0, return_inverse=True)
+    patterns, pattern_of = allowed[:1], torch.zeros(len(allowed), dtype=torch.long, device=allowed.device)
+    if not torch.equal(allowed, patterns.expand_as(allowed)):  # else sorting rows would take seconds in large models
+        patterns, pattern_of = torch.unique(allowed, dim=0, return_inverse=True)
     for number, pattern in enumerate(patterns):
         columns, rows = pattern.nonzero()[:, 0], (pattern_of == number).nonzero()[:, 0]
         here = keys[:, columns]

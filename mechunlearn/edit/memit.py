@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mechunlearn.edit import EDITORS
-from mechunlearn.edit.closed_form import closed_form_edit
+from mechunlearn.edit.closed_form import closed_form_edit, up_to
 from mechunlearn.edit.edits import WeightEdit
 from mechunlearn.edit.least_squares import damped
 from mechunlearn.edit.losses import Forms
@@ -29,6 +29,7 @@ def memit(
     steps: Annotated[int, Field(ge=0)] = 25,
     learning_rate: Annotated[float, Field(gt=0)] = 0.05,
     covariance_weight: Annotated[float, Field(gt=0)] = 1.5,
+    layer: Annotated[int | None, Field(ge=0)] = None,
     kl_weight: Annotated[float, Field(ge=0)] = 0.0625,
     weight_decay: Annotated[float, Field(ge=0)] = 0.0,
     clamp_norm: Annotated[float, Field(ge=0)] = 0.75,
@@ -56,6 +57,8 @@ def memit(
         steps, learning_rate: of the search; a step moves a value by about `learning_rate` of the stream's length.
         covariance_weight: 1 meets a key like any of the text's half way; more of it keeps more. In a mask of some
             neurons, d_mlp is their number.
+        layer: the layer that values are searched for, and the last that is edited; None is the last that the mask
+            selects (the model's last only if it is alone). Later than where attention reads subjects none are found.
         kl_weight, essence: how much the next token after the essence prompts, and after the subjects' own facts in
             `retain_train`, is to stay; nats a nat.
         weight_decay: on the squared length of a value, in lengths of the stream.
@@ -81,7 +84,9 @@ def memit(
     options = {name: value for name, value in locals().items() if name not in ("model", "mask", "split", "cache")}
 
     write = partial(spread, model, solve=partial(against_text, weight=covariance_weight))
-    return closed_form_edit(model, mask, split, write, method="memit", options=options, cache=cache)
+    return closed_form_edit(
+        model, mask, split, write, method="memit", options=options, cache=cache, layers=up_to(model, layer, "memit")
+    )
 
 
 def against_text(

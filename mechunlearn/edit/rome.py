@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mechunlearn.edit import EDITORS
-from mechunlearn.edit.closed_form import Moments, closed_form_edit
+from mechunlearn.edit.closed_form import Moments, closed_form_edit, up_to
 from mechunlearn.edit.edits import WeightEdit
 from mechunlearn.edit.keys_values import Row
 from mechunlearn.edit.least_squares import damped, masked_update
@@ -58,24 +58,19 @@ def rome(
     in a mask of some neurons, all of this is of their entries.
 
     Args:
-        layer: whose MLP is edited; None is the last that the mask selects.
+        layer: whose MLP is edited; None is the middle one of those that the mask selects, the lower of two.
 
     All other options are those of `memit`.
 
     Raises:
-        ValueError: a mask without MLP output projections or without this layer's, a fact without `target_new`, or a
-            loss that is not finite.
+        ValueError: a mask without MLP output projections or without this layer's, a fact without `target_new`, a
+            loss that is not finite, or a layer after which nothing reads the subject's last token.
 
     Differs from the source: as `memit` does in values and C; and its code averages over the tokens of an answer. On
         Gemma the value is what the projection writes, before the norm that follows.
     Source: Meng et al. 2022, arXiv:2202.05262, section 3.1; Gupta et al. 2024, arXiv:2403.07175 (r-ROME).
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "mask", "split", "cache")}
-
-    def chosen(masked: list[int]) -> list[int]:
-        if layer is not None and layer not in masked:
-            raise ValueError(f"rome: got layer {layer}, allowed: the masked MLPs, {', '.join(map(str, masked))}")
-        return masked[-1:] if layer is None else [layer]
 
     def one_after_another(
         weights: Projections, moments: Moments, rows: Sequence[Row], search: ValueSearch
@@ -89,9 +84,14 @@ def rome(
             losses.append(loss)
         return torch.cat(losses, dim=1)
 
+    def middle(masked: list[int]) -> list[int]:
+        chosen = up_to(model, layer, "rome")(masked)
+        return chosen[-1:] if layer is not None else [chosen[(len(chosen) - 1) // 2]]
+
     return closed_form_edit(
-        model, mask, split, one_after_another, method="rome", options=options, cache=cache, layers=chosen
-    )
+        model, mask, split, one_after_another,
+        method="rome", options=options, cache=cache, layers=middle,
+    )  # fmt: skip
 
 
 def rank_one(

@@ -59,7 +59,7 @@ def search_values(
         The deltas, in float32; and the losses before each step, in nats (of a subject that has stopped: its last one).
 
     Raises:
-        ValueError: a loss that is not finite.
+        ValueError: a loss that is not finite, or a layer after which no answer depends on the subject's last token.
     """
     deltas = torch.zeros(len(norms), model.d_model, device=model.device)
     losses = torch.zeros(search.steps, len(norms), device=model.device)
@@ -93,6 +93,10 @@ def _search(model: Model, rows: Sequence[Row], layer: int, norms: Tensor, search
             batch = [row for row in rows if row.subject in left]
             found = _losses(model, batch, layer, scaled, norms, unchanged, search)
             (scaled.grad,) = torch.autograd.grad(found.sum(), scaled)
+        if not step and not bool(scaled.grad.any()):
+            raise ValueError(
+                f"values: got layer {layer}, after which nothing reads the subjects' last tokens; select an earlier MLP"
+            )
         losses = history[step] = torch.where(running, found.detach(), losses)
         if not bool(losses.isfinite().all()):
             raise ValueError(f"values: a loss is not finite at step {step + 1}; lower the learning_rate")

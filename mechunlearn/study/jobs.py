@@ -24,10 +24,10 @@ from mechunlearn.edit.budget import set_aside
 from mechunlearn.edit.edits import WeightEdit, applied
 from mechunlearn.evaluate import Baseline, Evaluation, evaluate, take_baseline
 from mechunlearn.facts import Fact, FactSplit, with_edit_targets
+from mechunlearn.files import whole_folder
 from mechunlearn.masks import ParameterMask, mask_of
 from mechunlearn.metrics import score_facts
 from mechunlearn.models import Model
-from mechunlearn.runs import whole_folder
 from mechunlearn.selection import select_exactly
 from mechunlearn.study.deals import Deal, dealt
 from mechunlearn.study.settings import ModelSettings, StudySettings
