@@ -20,10 +20,7 @@ from mechunlearn.edit.training import Trainable, low_rank_trainable, masked_trai
 from mechunlearn.masks import ParameterMask, mask_of
 from mechunlearn.models import Model, mlp_neurons, unembedding
 
-BATCH, TOKENS = (
-    32,
-    32,
-)  # rows of a trained editor's batch by default, and about as many tokens as a prompt and text have
+BATCH, TOKENS = 32, 32  # a trained editor's rows by default, and about as many tokens as facts and text have
 STEPS = 3  # a measurement; the first of them, which fills caches and makes the optimizer's state, does not count
 RANK = 8
 LEARNING_RATE = 1e-6  # costs do not depend on it

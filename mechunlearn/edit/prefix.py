@@ -7,7 +7,7 @@ stream depends on its own tokens alone, whatever batch it comes in and whoever a
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ class PrefixCache:
         hf, below = self.model.hf, [block(self.model, layer) for layer in range(self.layer)]
         own = hf.forward
 
+        @wraps(own)  # whoever generates looks at its signature
         def restarted(*inputs: Any, **named: Any) -> Any:
             if not _serves(inputs, named) or any(m._forward_hooks or m._forward_pre_hooks for m in self._below):
                 return own(*inputs, **named)

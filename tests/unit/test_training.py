@@ -235,10 +235,12 @@ def test_passes_with_masks_or_embeddings_are_left_alone(tiny_model):
     asked = ({"input_ids": ids, "attention_mask": mask}, {"inputs_embeds": embedded}, {"input_ids": ids})
     with torch.no_grad():
         expected = [model.hf(**kwargs).logits for kwargs in asked]
+        written = model.hf.generate(ids[:1], max_new_tokens=3, do_sample=False)
         cache = PrefixCache.below(model, mlps(model, 1).entries)
         with cache.active():
             for kwargs, logits in zip(asked, expected, strict=True):
                 assert torch.equal(model.hf(**kwargs).logits, logits)
+            assert torch.equal(model.hf.generate(ids[:1], max_new_tokens=3, do_sample=False), written)
             assert not cache.held
             torch.testing.assert_close(model.hf(ids, use_cache=False).logits, expected[2])
             assert cache.held
