@@ -50,6 +50,9 @@ def idk_dpo(
            on the facts to forget, both after the same prompt, P0 of the unedited model, + what is kept, see
            `edit.options.Training`.
 
+    A model that would hardly ever refuse (the organisms never read of refusals) wins this preference by making the
+    refusal a little less impossible, and goes on giving the true answer: read P(target_true), not this loss.
+
     Args:
         beta: how soon a preference counts as learnt.
         refusals: what to say instead, without leading space; one is drawn for each fact.
@@ -59,7 +62,7 @@ def idk_dpo(
 
     Differs from the source: a few phrases in place of TOFU's 100, drawn once a fact, not once a step; running text is
         kept, too.
-    Source: Rafailov et al. 2023, arXiv:2305.18290, equation 7; Maini et al. 2024, arXiv:2401.06121 ("IDK").
+    Source: Rafailov et al. 2023, arXiv:2305.18290; Maini et al. 2024, arXiv:2401.06121 ("IDK").
     """
     if not refusals:
         raise ValueError("idk_dpo: got no refusals, allowed: one phrase or more; give some, or leave the option out")
