@@ -20,10 +20,6 @@ Located = Mapping[str, Sequence[Sequence[str]]]
 """Arm (with "#k" for the k-th draw) -> the components of each block, best first."""
 Progress = Callable[[str, float, float], None]
 DEVELOPMENT = 1000  # added to the seed: the deal that editors are tuned on
-CONTROLS: Mapping[str, Mapping[str, Any]] = {
-    "lora": {"steps": 60, "batch_size": 24, "learning_rate": 6e-3},
-}
-"""Positive controls and their options: attacks that bring these back can show that something is hidden."""
 KEEP_WEIGHTS = (5.0, 1.25, 2.5, 10.0)
 """What the tuner tries where there is no learning rate."""
 COPIED = ("random-mlps#0", NONLOCALIZED)
@@ -162,7 +158,7 @@ def lines(part: Part, best: Mapping[str, Mapping[str, Any]]) -> list[Line]:
             if level == "quick" or seed == study.seed:
                 add("original", seed, level, plain)
             if seed == study.seed:
-                for kind, options in CONTROLS.items():
+                for kind, options in part.model.controls.items():
                     add(
                         f"suppressed-{kind}",
                         seed,
@@ -253,8 +249,9 @@ def estimate(parts: Sequence[Part], *, workers: int) -> dict[str, float]:
     for part in parts:
         n_seeds, names = len(part.seeds), len(part.names)
         n["tune"] += len(part.arms) * len(part.model.tasks[part.study.task].trials)
-        n["quick"] += 2 * (n_seeds * (names + 1) + len(CONTROLS))
-        n["standard"] += 2 * (n_seeds * sum(arm.standard for arm in part.arms) + 1 + len(CONTROLS))
+        n_controls, shown = len(part.model.controls), (len(COPIED) + 1) * (part.study.blocks == 1)
+        n["quick"] += 2 * (n_seeds * (names + 1 + shown) + n_controls)
+        n["standard"] += 2 * (n_seeds * sum(arm.standard for arm in part.arms) + 1 + n_controls)
     return {level: n[level] * measured[level] / workers / 3600 for level in n}
 
 

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mechunlearn.attack import ATTACKS
 from mechunlearn.components import Component
+from mechunlearn.controls import SUPPRESSIONS
 from mechunlearn.registry import did_you_mean
 from mechunlearn.settings import FactsSettings, Options, Strict, check
 
@@ -78,6 +79,16 @@ class ModelSettings(Strict):
     """Attacks on every arm."""
     standard: dict[str, Options]
     """Attacks on the localized, the random-MLP and the non-localized arm."""
+    controls: dict[str, Options] = Field(default_factory=lambda: {"lora": {}})
+    """Kinds of suppressed models with their options: attacks that bring these back can show that something is hidden.
+    Without any, only asking counts."""
+
+    @field_validator("controls")
+    @classmethod
+    def _known_controls(cls, value: dict[str, Options]) -> dict[str, Options]:
+        for kind, options in value.items():
+            SUPPRESSIONS.get(kind).validate(options)
+        return value
 
     @field_validator("quick", "standard")
     @classmethod

@@ -14,7 +14,7 @@ from mechunlearn.statistics import Interval, hierarchical_interval, seed_fact_ta
 from mechunlearn.study.arms import LOOKUP, RANDOM_MLPS
 from mechunlearn.study.jobs import Outcome
 from mechunlearn.study.rows import study_rows
-from mechunlearn.study.run import CONTROLS, Line, Part, lines, trials, tuned
+from mechunlearn.study.run import Line, Part, lines, trials, tuned
 from mechunlearn.verdict import Verdict, decide, demonstrate_power
 
 # pandas has no complete types
@@ -142,13 +142,13 @@ def _verdicts(part: Part, found: Sequence[Line]) -> pd.DataFrame:
         "original": float(np.mean([u.record["hidden_p_true"] for u, _ in before])),
         "null_before": float(np.mean([n.record["hidden_p_true"] for _, n in before])), "null": null, "delta": DELTA,
     }  # fmt: skip
-    controls: dict[str, list[PositiveControl]] = {}
-    for kind in CONTROLS:
+    controls: dict[str, list[PositiveControl]] = {"quick": [], "standard": []}
+    for kind in part.model.controls:
         for level in ("quick", "standard"):
             pairs = outcomes[f"suppressed-{kind}", level]
             accepted = all(not _reason(u) for u, _ in pairs)
             evidence = _evidence(pairs, null)
-            controls.setdefault(level, []).append(demonstrate_power(kind, evidence, accepted=accepted, **bounds))
+            controls[level].append(demonstrate_power(kind, evidence, accepted=accepted, **bounds))
     rows = []
     for (arm, level), pairs in outcomes.items():
         if arm.startswith("suppressed"):
