@@ -7,8 +7,9 @@ from typing import Literal
 from mechunlearn.components import Component
 from mechunlearn.facts import Fact
 from mechunlearn.localize import LOCALIZERS
-from mechunlearn.masks import ParameterMask, mask_of, random_mask_like, select_components
+from mechunlearn.masks import ParameterMask, mask_of, select_components
 from mechunlearn.models import Model, all_components
+from mechunlearn.random_masks import random_mask_like
 from mechunlearn.registry import did_you_mean
 from mechunlearn.study.memory import whole
 from mechunlearn.study.settings import StudySettings, TaskName, TaskSettings
