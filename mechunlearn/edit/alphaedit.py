@@ -70,7 +70,6 @@ def alphaedit(
     Source: Fang et al. 2024, arXiv:2410.02355, sections 3.1 and 3.2.
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "mask", "split", "cache")}
-
     n_free: list[int] = []
 
     def solve(second_moment: Tensor, keys: Tensor, missing: Tensor) -> Tensor:
@@ -78,17 +77,10 @@ def alphaedit(
         n_free.append(free.shape[1])
         return confined_update(free, keys, missing, ridge)
 
-    write = partial(spread, model, solve=solve)
     edit = closed_form_edit(
-        model,
-        mask,
-        split,
-        write,
-        method="alphaedit",
-        options=options,
-        cache=cache,
-        layers=up_to(model, layer, "alphaedit"),
-    )
+        model, mask, split, partial(spread, model, solve=solve),
+        method="alphaedit", options=options, cache=cache, layers=up_to(model, layer, "alphaedit"),
+    )  # fmt: skip
     if n_free and not any(n_free):
         raise ValueError(
             f"alphaedit: got null_share {null_share:g}, but each direction of the masked keys holds more of the text; "

@@ -72,17 +72,17 @@ def memit(
         batch_size: texts in a forward pass; changes nothing but speed.
 
     Raises:
-        ValueError: a mask without MLP output projections, a fact without `target_new`, or a loss that is not finite.
+        ValueError: a mask without MLP output projections or without `layer`, a fact without `target_new`, a loss that
+            is not finite, or a layer after which nothing reads the subjects' last tokens.
 
     Differs from the source: C is of neutral text and retained facts (Wikipedia is what it cannot assume), and damped;
         its weight goes with d_mlp (the source's 15,000 is 0.9 times GPT-J's); streams, like keys, are means over the
-        prefixes; facts of one subject share a value; KL is taken at the end of the essence prompt; several tokens count
-        as a whole. On Gemma, values are searched before the norm that follows the MLP, and shares of the stream taken
-        back through it (`projections.before_norm`).
+        prefixes; facts of one subject share a value; steps and lengths of values are in lengths of the stream; KL is
+        taken at the end of the essence prompt; several tokens count as a whole. On Gemma, values are searched before
+        the norm that follows the MLP, and shares of the stream taken back through it (`projections.before_norm`).
     Source: Meng et al. 2022, arXiv:2210.07229, sections 4.2 and 4.3.
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "mask", "split", "cache")}
-
     write = partial(spread, model, solve=partial(against_text, weight=covariance_weight))
     return closed_form_edit(
         model, mask, split, write, method="memit", options=options, cache=cache, layers=up_to(model, layer, "memit")
