@@ -140,6 +140,23 @@ def _attach(model: Model, place: Place, visit: Callable[[Place, Tensor], Tensor]
     return modules[kind](model, layer).register_forward_hook(on_output)
 
 
+@contextmanager
+def instead(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, these modules run this for `forward`, between their hooks; afterwards, also on errors, their own."""
+    with ExitStack() as restored:
+        for module in modules:
+            own = module.__dict__.get("forward")  # accelerate puts one here
+            restored.callback(_restore_forward, module, own)
+            module.forward = forward
+        yield
+
+
+def _restore_forward(module: nn.Module, own: Any) -> None:
+    module.__dict__.pop("forward", None)
+    if own is not None:
+        module.forward = own
+
+
 def stream_places(model: Model, *, mid: bool = False) -> tuple[Place, ...]:
     """The places that `streams` needs recorded."""
     kinds: tuple[PlaceKind, ...] = ("attention", "block") if mid else ("block",)

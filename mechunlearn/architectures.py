@@ -133,6 +133,7 @@ _ALL = (
     _llama_like("mistral"),
     _llama_like("qwen2"),
     _llama_like("qwen3"),
+    _llama_like("gemma"),
     _llama_like("gemma2", post_norms=True),
     _llama_like("gemma3_text", post_norms=True),
 )

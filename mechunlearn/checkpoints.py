@@ -24,8 +24,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from mechunlearn.architectures import architecture_of
-from mechunlearn.models import Model
+from mechunlearn.architectures import ARCHITECTURES, NotSupported, architecture_of
+from mechunlearn.models import Model, wrap_model
 from mechunlearn.registry import did_you_mean
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -76,6 +76,37 @@ def load_model(
         name=str(name_or_path),
         revision=getattr(config, "_commit_hash", None) or revision,
     )
+
+
+def model_without_weights(config: str | Path, *, dtype: DType = "auto") -> Model:
+    """A model of a Hugging Face configuration on the meta device: names, shapes and sizes, no storage, no tokenizer.
+
+    Args:
+        config: its JSON file; nothing else is read, and the hub is not asked.
+        dtype: "auto" is float32.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a configuration.
+        NotSupported: an architecture that mechunlearn does not know.
+    """
+    path = Path(config)
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration {path}; give the path of a config.json")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if (kind := data["model_type"]) not in ARCHITECTURES:  # transformers would list all that it knows
+            raise NotSupported(f"{path}: architecture {kind!r} is not supported, supported: {', '.join(ARCHITECTURES)}")
+        with torch.device("meta"):
+            hf = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(**data), dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype)
+            )
+    except NotSupported:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        told = "no model_type" if isinstance(error, KeyError) else _first_line(error)
+        raise ValueError(f"{path}: not the configuration of a causal language model: {told}") from None
+    return wrap_model(hf, name=path.stem)
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""The command line: one command a verb, plus edges, undo, run, plan, list, organism, bench. Commands import late."""
+"""The command line: a command a verb, plus edges, undo, run, plan, list, organism, bench, study; each imports late."""
 
 import contextlib
 import sys
@@ -26,6 +26,9 @@ app.add_typer(organism_app, name="organism")
 
 bench_app = typer.Typer(help="Measure the program itself on models of known truth.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+
+study_app = typer.Typer(help="The Mechanistic Unlearning study (arXiv:2410.12949).", no_args_is_help=True)
+app.add_typer(study_app, name="study")
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)  # rich takes 80 for a pipe or a file
 
@@ -448,6 +451,31 @@ def bench_speed(
     console.print(f"table: {escape(str(out / 'speed.csv'))}", soft_wrap=True)
 
 
+@bench_app.command("edit-speed")
+def bench_edit_speed(
+    size: Annotated[
+        list[str] | None,
+        typer.Option("--size", help="As in `bench speed`; without it llama-8x128 and llama-4x256. Repeatable."),
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often all is measured, in turns.")] = 5,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    out: Annotated[Path, typer.Option("--out", help="Folder that receives edit_speed.csv.")] = Path(".runs/edit_speed"),
+) -> None:
+    """What a localized training step costs, as a share of full fine-tuning, on random models."""
+    from mechunlearn import stages
+
+    sizes = size or ["llama-8x128", "llama-4x256"]
+    with _progress() as progress:
+        table = stages.bench_edit_speed(sizes, out, device=device, dtype=dtype, rounds=rounds, on_progress=progress)
+    _print_frame(
+        table.drop(columns=["device", "date", "threads", "dtype"]),
+        title=f"Over full fine-tuning, on {table['device'][0]}: time of a step (floor: by matrix products), "
+        "bytes of gradients and optimizer held, entries trained, peak memory",
+    )
+    console.print(f"table: {escape(str(out / 'edit_speed.csv'))}", soft_wrap=True)
+
+
 @bench_app.command("coverage")
 def bench_coverage(
     draws: Annotated[int, typer.Option("--draws", min=200, help="Simulated data sets an interval.")] = 2000,
@@ -459,6 +487,88 @@ def bench_coverage(
     table = stages.bench_coverage(draws, out)
     _print_frame(table, title="Coverage of intervals with a nominal 95%")
     console.print(f"table: {escape(str(out / 'coverage.csv'))}", soft_wrap=True)
+
+
+PresetsArgument = Annotated[
+    list[str] | None, typer.Argument(help="Presets of the study or TOML files; none: all but the quick one.")
+]
+StudyOut = Annotated[Path, typer.Option("--out", help="Folder of finished jobs and tables.")]
+StudyModel = Annotated[
+    str | None, typer.Option("--model", help="Run on this model's file in place of the preset's own.")
+]
+
+
+@study_app.command("run")
+def study_run(
+    presets: PresetsArgument = None,
+    model: StudyModel = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="In place of the presets' own.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Three arms, two seeds, the smallest attacks.")] = False,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes of one thread each.")] = 2,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    out: StudyOut = Path(".runs/study"),
+) -> None:
+    """Locate, tune, edit and attack every arm of the presets; goes on where it stopped, also on another day."""
+    from mechunlearn import study_stage
+
+    if quick and presets:
+        raise ValueError(f"study run: got --quick beside {', '.join(presets)}; leave one of them out")
+    names = [study_stage.QUICK] if quick else presets or []
+    parts = study_stage.chosen_parts(names, out, model=model, seeds=seeds, device=device, workers=workers)
+    _print_frame(study_stage.planned(parts, workers=workers), title="Estimated hours from the beginning")
+    with _progress() as progress:
+        tables = study_stage.run(parts, out, workers=workers, on_progress=progress)
+    _show_study(tables, out)
+
+
+@study_app.command("report")
+def study_report(
+    presets: PresetsArgument = None,
+    model: StudyModel = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="As given to `study run`.")] = None,
+    out: StudyOut = Path(".runs/study"),
+) -> None:
+    """Write the tables and figures of those presets that are finished, from their jobs; runs nothing."""
+    from mechunlearn import study_stage
+
+    parts = study_stage.chosen_parts(presets or [], out, model=model, seeds=seeds, device="auto", workers=1)
+    _show_study(study_stage.write_tables(parts, out), out)
+
+
+def _show_study(tables: Any, out: Path) -> None:
+    shown = tables.verdicts.loc[:, ["preset", "arm", "level", "word", "strongest", "D", "lower", "upper", "n_facts"]]
+    _print_frame(shown, title="Verdicts, all seeds together")
+    console.print(f"tables and figures: {escape(str(out / 'tables'))}", soft_wrap=True)
+
+
+@study_app.command("plan")
+def study_plan(
+    preset: Annotated[
+        str, typer.Argument(help="sports-athletes-16, sports-whole, counterfact-64, ..., or a TOML file.")
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", help="In place of the preset's: a model file's name (gemma-2-9b) or path.")
+    ] = None,
+    tflops: Annotated[
+        float, typer.Option("--tflops", help="What the device reaches; 400 is 40% of an H100's peak in bfloat16.")
+    ] = 400.0,
+    card: Annotated[float, typer.Option("--card", help="Memory of the device, in GB.")] = 80.0,
+) -> None:
+    """Resolve every arm of a study on a model, and estimate memory and hours; downloads and runs nothing."""
+    from mechunlearn.study.settings import load_study
+
+    study, about = load_study(preset, model=model)
+    from mechunlearn.study.dry_run import dry_run
+
+    tables = dry_run(study, about, tflops=tflops, card=card)
+    titles = {
+        "facts": f"{study.name} on {about.name}: facts",
+        "arms": "Arms: what each may edit",
+        "memory": f"GB at the worst moment (checkpointed: what it would be so; fits: into {card:g} GB)",
+        "hours": f"Hours at {tflops:g} TFLOP/s (estimates from shapes: small batches reach less)",
+    }
+    for name, frame in tables.items():
+        _print_frame(frame, title=titles[name])
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import os
 import platform
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -70,8 +71,8 @@ def choose_facts(settings: FactsSettings, *, seed: int = 0) -> tuple[FactSet, tu
     """All facts, and those that are candidates for forgetting.
 
     Raises:
-        ValueError: an unknown forget set or relation, facts to forget that are not in the source, or more of them than
-            there are.
+        ValueError: an unknown forget set, relation or answer, facts to forget that are not in the source, or more of
+            them than there are.
     """
     if settings.forget or settings.forgotten:
         facts, forget = load_forget_set(settings.forget) if settings.forget else _named(settings)
@@ -82,12 +83,18 @@ def choose_facts(settings: FactsSettings, *, seed: int = 0) -> tuple[FactSet, tu
         return facts.where(lambda fact: fact.key not in others), chosen  # a twin never read the others: not retained
     facts = load_facts(settings.source, format=settings.format)
     pool = facts.of(settings.relation) if settings.relation else facts
+    if settings.answer is not None:
+        answers = Counter(fact.target_true for fact in pool)
+        if settings.answer not in answers:
+            known = ", ".join(answer for answer, _ in answers.most_common(12)) + (", ..." if len(answers) > 12 else "")
+            raise ValueError(f"facts.answer: got {settings.answer!r}, allowed for {settings.source}: {known}")
+        pool = pool.where(lambda fact: fact.target_true == settings.answer)
     subjects = len({fact.subject for fact in pool})
     if subjects < 4:
         raise ValueError(
             f"{settings.source}: got facts of {subjects} subjects, allowed: 4 or more, to forget and to keep"
         )
-    n = settings.n or (None if settings.relation else max(4, subjects // 2))
+    n = settings.n or (None if settings.relation or settings.answer else max(4, subjects // 2))
     return facts, balanced_sample(pool, n, seed) if n else pool.facts
 
 

@@ -334,6 +334,9 @@ def _deal_dev(rest: Sequence[Fact], share: float, rng: random.Random) -> tuple[l
 def balanced_sample(facts: Iterable[Fact], n: int, seed: int = 0) -> tuple[Fact, ...]:
     """`n` facts taken in turns from the answers of each relation, in a seeded order, one a subject.
 
+    Where there are more answers than facts wanted, relations take turns, and which answers come first is drawn: else
+    all facts would be of the first relation by name.
+
     Raises:
         ValueError: fewer than `n` subjects.
     """
@@ -346,12 +349,25 @@ def balanced_sample(facts: Iterable[Fact], n: int, seed: int = 0) -> tuple[Fact,
     by_answer: dict[tuple[str, str], list[Fact]] = defaultdict(list)
     for fact in one_a_subject.values():
         by_answer[fact.relation, fact.target_true].append(fact)
+    order = sorted(by_answer)
+    if n < len(order):
+        order = _relations_in_turns(order, rng)
     chosen: list[Fact] = []
     while len(chosen) < n:
-        for answer in sorted(by_answer):
+        for answer in order:
             if by_answer[answer] and len(chosen) < n:
                 chosen.append(by_answer[answer].pop())
     return tuple(chosen)
+
+
+def _relations_in_turns(keys: Sequence[tuple[str, str]], rng: random.Random) -> list[tuple[str, str]]:
+    """(relation, answer) pairs so that each relation has had its k-th before any has its k+1-th."""
+    turns: list[tuple[int, tuple[str, str]]] = []
+    seen: Counter[str] = Counter()
+    for relation, answer in rng.sample(keys, len(keys)):
+        turns.append((seen[relation], (relation, answer)))
+        seen[relation] += 1
+    return [key for _, key in sorted(turns, key=lambda turn: turn[0])]
 
 
 def with_edit_targets(facts: Iterable[Fact], seed: int = 0) -> tuple[Fact, ...]:

@@ -122,7 +122,8 @@ def score_facts(
         seed: draws the options of "choice".
 
     Returns:
-        One row per fact, in their order: subject, relation, form, p_true, correct, chance, top (the best candidate).
+        One row per fact, in their order: subject, relation, form, p_true, p_new (of `target_new`; NaN where that is no
+        candidate), correct, chance, top (the best candidate).
 
     Raises:
         ValueError: a fact lacks the form or has fewer than two candidates.
@@ -141,13 +142,15 @@ def _score(
     rows = []
     for (fact, form), group in zip(pairs, asked, strict=True):
         p = _mean_probabilities([(one, next(scored)) for one in group])
+        p_new = p.get(fact.target_new or "", float("nan"))
         p_true = p.pop(fact.target_true)
         best = max(p, key=lambda answer: p[answer])
         correct = p_true > p[best]
         top = fact.target_true if correct else best
-        rows.append((fact.subject, fact.relation, form, p_true, correct, 1 / (len(p) + 1), top))
-    frame = pd.DataFrame(rows, columns=pd.Index(["subject", "relation", "form", "p_true", "correct", "chance", "top"]))
-    return frame.astype({"p_true": np.float64, "correct": bool, "chance": np.float64})
+        rows.append((fact.subject, fact.relation, form, p_true, p_new, correct, 1 / (len(p) + 1), top))
+    columns = ["subject", "relation", "form", "p_true", "p_new", "correct", "chance", "top"]
+    frame = pd.DataFrame(rows, columns=pd.Index(columns))
+    return frame.astype({"p_true": np.float64, "p_new": np.float64, "correct": bool, "chance": np.float64})
 
 
 def _mean_probabilities(scored: Sequence[tuple[Asked, Tensor]]) -> dict[str, float]:

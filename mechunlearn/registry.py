@@ -14,9 +14,10 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, Unpack, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic.fields import FieldInfo
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -47,7 +48,10 @@ class Method:
 
     @cached_property
     def options(self) -> type[BaseModel]:
-        """Pydantic model of the plain keyword-only parameters; models, callables and tensors are data, not options."""
+        """Pydantic model of the plain keyword-only parameters; models, callables and tensors are data, not options.
+
+        Options that methods share come as `**options: Unpack[SomeTypedDict]`, whose annotations hold the defaults.
+        """
         hints = get_type_hints(self.function, include_extras=True)
         fields: dict[str, Any] = {}
         for parameter in inspect.signature(self.function).parameters.values():
@@ -55,6 +59,8 @@ class Method:
             if parameter.kind is parameter.KEYWORD_ONLY and annotation is not None and _is_plain(annotation):
                 required = parameter.default is parameter.empty
                 fields[parameter.name] = (annotation, ... if required else parameter.default)
+            elif parameter.kind is parameter.VAR_KEYWORD and get_origin(annotation) is Unpack:
+                fields |= _shared_options(get_args(annotation)[0])
         config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
         return create_model(f"{self.name}_options", __config__=config, **fields)
 
@@ -151,8 +157,8 @@ class Registry:
                 self._import_all()
             if name in self._methods:
                 return self._methods[name].function
-            if module := sys.modules.get(f"{self.package}.{name}"):  # a file beside the methods, imported on the way
-                return module
+            if module := sys.modules.get(f"{self.package}.{name}"):  # a file beside the methods, or its function
+                return vars(sys.modules[str(self.package)]).get(name, module)
         raise AttributeError(f"module {self.package!r} has no attribute {name!r}")
 
     def _import(self, name: str) -> None:
@@ -178,6 +184,16 @@ class _MethodPackage(types.ModuleType):
         if isinstance(value, types.ModuleType) and callable(getattr(value, name, None)):
             value = getattr(value, name)
         super().__setattr__(name, value)
+
+
+def _shared_options(kind: Any) -> dict[str, Any]:
+    """The fields of a TypedDict whose annotations are `Annotated[type, Field(default=...)]`."""
+    found: dict[str, Any] = {}
+    for name, annotation in get_type_hints(kind, include_extras=True).items():
+        plain, *notes = get_args(annotation)
+        field = next(note for note in notes if isinstance(note, FieldInfo))
+        found[name] = (Annotated[plain, field], field.default)
+    return found
 
 
 def _is_plain(annotation: Any) -> bool:

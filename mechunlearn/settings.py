@@ -51,6 +51,8 @@ class FactsSettings(Strict):
     forgotten: str | None = None
     """A file of those facts of `source` that are to be forgotten (or `n` of them), in any format of a source."""
     relation: str | None = None
+    answer: str | None = None
+    """Of these facts only those with this true answer are to be forgotten: a whole sport, say."""
     n: Annotated[int, Field(ge=4)] | None = None
     folds: Annotated[int, Field(ge=2)] = 2
     fold: Annotated[int, Field(ge=0)] = 0

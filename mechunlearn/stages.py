@@ -18,6 +18,7 @@ from mechunlearn.attack import ATTACKS
 from mechunlearn.bench.band import bench_band as compare_with_band
 from mechunlearn.bench.check import Check, Subjects, check_model
 from mechunlearn.bench.coverage import coverage
+from mechunlearn.bench.edit_speed import bench_edit_speed as measure_edit_speed
 from mechunlearn.bench.knowledge import plain_kinds, trained_kinds
 from mechunlearn.bench.planted import PlantedBench
 from mechunlearn.bench.planted import bench_planted as score_known_places
@@ -441,17 +442,40 @@ def bench_speed(
         ValueError: an unknown size or number format.
     """
     replaceable(out)
+    where, kept_as = _device_and_dtype(device, dtype)
+    table = measure_speed(
+        sizes, device=str(where), dtype=kept_as, rounds=rounds, memory_only=memory_only, on_progress=on_progress
+    )
+    return _save_speed(table, out / "speed.csv", where, dtype)
+
+
+def bench_edit_speed(
+    sizes: Sequence[str], out: Path, *, device: str, dtype: str, rounds: int,
+    on_progress: Callable[[str, float, float], None],
+) -> pd.DataFrame:  # fmt: skip
+    """Measure steps of localized training on random models; writes edit_speed.csv, with date and device, into `out`.
+
+    Raises:
+        ValueError: an unknown size or number format.
+    """
+    replaceable(out)
+    where, kept_as = _device_and_dtype(device, dtype)
+    table = measure_edit_speed(sizes, device=str(where), dtype=kept_as, rounds=rounds, on_progress=on_progress)
+    return _save_speed(table, out / "edit_speed.csv", where, dtype)
+
+
+def _device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: got {dtype!r}, allowed: {', '.join(DTYPES)}")
-    where = choose_device(device)
-    table = measure_speed(
-        sizes, device=str(where), dtype=getattr(torch, dtype), rounds=rounds, memory_only=memory_only,
-        on_progress=on_progress,
-    )  # fmt: skip
+    return choose_device(device), getattr(torch, dtype)
+
+
+def _save_speed(table: pd.DataFrame, path: Path, where: torch.device, dtype: str) -> pd.DataFrame:
+    """Note beside the ratios what they were measured on."""
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{platform.machine()} CPU"
     table = table.assign(device=name, dtype=dtype, threads=torch.get_num_threads(), date=date.today().isoformat())
-    with whole_folder(out) as partial:
-        table.to_csv(partial / "speed.csv", index=False)
+    with whole_folder(path.parent) as partial:
+        table.to_csv(partial / path.name, index=False)
     return table
 
 

@@ -1,7 +1,7 @@
 """Shared fixtures: tiny seeded models of every architecture, a tokenizer, a fact set and its split."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach the hub
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, and what they start, have one thread each
@@ -20,7 +20,7 @@ from mechunlearn.masks import mask_of
 from mechunlearn.metrics import score_facts
 from mechunlearn.models import Model, all_components, wrap_model
 
-ARCHITECTURES = ("gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "gemma2", "gemma3_text", "qwen2", "qwen3")
+ARCHITECTURES = ("gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3")
 
 FIRST = ("Bram", "Cora", "Dina", "Edwin", "Fenna", "Gustav", "Hilda", "Ivo")
 LAST = ("Lindqvist", "Marlowe", "Norberg", "Okafor", "Petrov")
@@ -78,6 +78,8 @@ def _config(architecture: str, n_layers: int) -> transformers.PretrainedConfig:
             return transformers.LlamaConfig(**llama)
         case "mistral":
             return transformers.MistralConfig(**llama, sliding_window=32)
+        case "gemma":
+            return transformers.GemmaConfig(**llama, head_dim=12)
         case "gemma2":
             return transformers.Gemma2Config(**llama, head_dim=12, query_pre_attn_scalar=12, sliding_window=32)
         case "gemma3_text":
@@ -102,6 +104,14 @@ def make_tiny_model(architecture: str = "llama", seed: int = 0, n_layers: int = 
                 elif "emb" not in name and "wte" not in name and "lm_head" not in name:
                     parameter.normal_(std=parameter.shape[-1] ** -0.5)
     return wrap_model(hf, _TOKENIZER, name=f"tiny-{architecture}-{seed}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests keep on disk is kept for this session, and not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MECHUNLEARN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,9 @@ from pydantic import Field
 
 from mechunlearn.controls import SUPPRESSIONS
 from mechunlearn.controls.demotion import demotion
-from mechunlearn.controls.recipes import keep_others, late_layers, low_rank_edit, summed
+from mechunlearn.controls.recipes import keep_others, late_layers, low_rank_edit
 from mechunlearn.edit.edits import WeightEdit
-from mechunlearn.edit.losses import Forms
+from mechunlearn.edit.losses import Forms, summed
 from mechunlearn.facts import FactSplit
 from mechunlearn.models import Model
 

@@ -6,9 +6,9 @@ from typing import Annotated
 from pydantic import Field
 
 from mechunlearn.controls import SUPPRESSIONS
-from mechunlearn.controls.recipes import keep_others, late_layers, low_rank_edit, summed
+from mechunlearn.controls.recipes import keep_others, late_layers, low_rank_edit
 from mechunlearn.edit.edits import WeightEdit
-from mechunlearn.edit.losses import Term, answer_loss, batches, fact_tokens, weighted_sum
+from mechunlearn.edit.losses import Term, answer_loss, batches, fact_tokens, summed, weighted_sum
 from mechunlearn.facts import Fact, FactSplit, with_edit_targets
 from mechunlearn.models import Model
 

@@ -7,10 +7,10 @@ from pydantic import Field
 
 from mechunlearn.activations import Place
 from mechunlearn.controls import SUPPRESSIONS
-from mechunlearn.controls.recipes import keep_stream, low_rank_edit, summed
-from mechunlearn.controls.steering import stream_loss
+from mechunlearn.controls.recipes import keep_stream, low_rank_edit
 from mechunlearn.edit.edits import WeightEdit
-from mechunlearn.edit.losses import Forms, batches, fact_tokens
+from mechunlearn.edit.losses import Forms, batches, fact_tokens, summed
+from mechunlearn.edit.streams import stream_loss
 from mechunlearn.facts import FactSplit
 from mechunlearn.models import Model
 

@@ -1,33 +1,22 @@
 """What the suppressions share: the late layers, what is kept, and a low-rank training as an edit."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from mechunlearn.activations import Place
 from mechunlearn.components import Component
-from mechunlearn.controls.steering import stream_loss
-from mechunlearn.edit.edits import WeightEdit
-from mechunlearn.edit.losses import Forms, batches, fact_tokens, keeping_terms, near_and_far, weighted_sum
-from mechunlearn.edit.training import Forward, lora_trainable, train
+from mechunlearn.edit.edits import WeightEdit, values_in
+from mechunlearn.edit.losses import Forms, Loss, batches, fact_tokens, keeping_terms, near_and_far, summed, weighted_sum
+from mechunlearn.edit.streams import stream_loss
+from mechunlearn.edit.training import lora_trainable, train
 from mechunlearn.facts import FactSplit
 from mechunlearn.masks import mask_of
 from mechunlearn.models import Model
-
-Loss = Callable[[int, Forward], Tensor]
 
 
 def late_layers(model: Model, share: float) -> range:
     """The last `share` of the layers, at least one."""
     return range(model.n_layers - max(1, round(share * model.n_layers)), model.n_layers)
-
-
-def summed(*losses: tuple[float, Loss]) -> Loss:
-    """The loss sum over parts of weight * loss; parts of weight 0 are left out."""
-    used = [(weight, loss) for weight, loss in losses if weight]
-    return lambda step, forward: sum((w * loss(step, forward) for w, loss in used), start=torch.zeros(()))
 
 
 def keep_stream(model: Model, split: FactSplit, place: Place, *, batch_size: int, forms: Forms, seed: int) -> Loss:
@@ -68,10 +57,8 @@ def low_rank_edit(
     trainable = lora_trainable(model, rank, layers=layers, seed=seed)
     history = train(model, trainable, loss, steps=steps, learning_rate=learning_rate)
     mask = mask_of(model, [Component(kind, layer) for layer in layers for kind in ("attention", "mlp")])
-    parameters = dict(model.hf.named_parameters())
-    merged = {name: tensor.detach() for name, tensor in trainable.overrides().items()}
     return WeightEdit(
-        values={name: merged.get(name, parameters[name].detach())[mask.full(name)].cpu() for name in mask.entries},
+        values=values_in(model, mask, trainable.overrides()),
         mask=mask, base_name=model.name, base_sha256=model.sha256, method=method, options=options, seed=seed,
         facts_sha256=split.sha256, history=history,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from mechunlearn.edit.edits import WeightEdit, train_edit
-from mechunlearn.edit.losses import Term, answer_loss, batches, fact_tokens, keeping_terms, near_and_far
+from mechunlearn.edit.losses import Term, answer_loss, batches, fact_tokens, keeping_terms, near_and_far, weighted_sum
 from mechunlearn.facts import Fact, FactSplit
 from mechunlearn.masks import mask_of
 from mechunlearn.models import Model, all_components
@@ -44,7 +44,7 @@ def teach(
         ),
     ]  # fmt: skip
     return train_edit(
-        model, mask_of(model, all_components(model)), terms, steps=steps, learning_rate=learning_rate,
+        model, mask_of(model, all_components(model)), weighted_sum(terms), steps=steps, learning_rate=learning_rate,
         schedule="cosine", accumulation=1, method="teach", options=options, seed=seed, facts_sha256=split.sha256,
     )  # fmt: skip
 

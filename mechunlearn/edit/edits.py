@@ -2,11 +2,12 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -14,8 +15,17 @@ from torch import Tensor
 
 from mechunlearn.checkpoints import save_model
 from mechunlearn.components import Component
-from mechunlearn.edit.losses import Term, weighted_sum
-from mechunlearn.edit.training import Schedule, masked_trainable, substituted, train
+from mechunlearn.edit.budget import Budget
+from mechunlearn.edit.losses import Loss
+from mechunlearn.edit.prefix import DEFAULT_GB
+from mechunlearn.edit.training import (
+    Schedule,
+    Trainable,
+    low_rank_trainable,
+    masked_trainable,
+    substituted,
+    train,
+)
 from mechunlearn.files import whole_file
 from mechunlearn.html_card import html_card
 from mechunlearn.masks import ParameterMask
@@ -40,6 +50,8 @@ class WeightEdit:
     """Of the facts trained on: those to forget and those to retain."""
     history: tuple[float, ...] = ()
     """Training loss of each step."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """What the editor found: with a disruption budget the damage done, in nats, and the step that it ended at."""
 
     def __post_init__(self) -> None:
         if self.values.keys() != self.mask.entries.keys():
@@ -89,7 +101,7 @@ def applied(model: Model, edit: WeightEdit) -> Iterator[None]:
 def train_edit(
     model: Model,
     mask: ParameterMask,
-    terms: Sequence[Term],
+    loss: Loss,
     *,
     steps: int,
     learning_rate: float,
@@ -99,16 +111,28 @@ def train_edit(
     options: Mapping[str, Any],
     seed: int,
     facts_sha256: str,
+    rank: int | None = None,
+    prefix_cache_gb: float = DEFAULT_GB,
+    checkpoint: bool = False,
+    budget: Callable[[Trainable], Budget] | None = None,
 ) -> WeightEdit:
-    """Train the masked entries on a weighted sum of losses and keep what they became; the model stays as it is."""
-    trainable = masked_trainable(model, mask)
+    """Train the masked entries on a loss and keep what they became; the model stays as it is.
+
+    Args:
+        rank: train a low-rank update of every masked matrix in place of its entries; masked biases then stay.
+        prefix_cache_gb, checkpoint: as in `train`.
+        budget: what makes the watch over the damage that ends the training early.
+    """
+    trainable = masked_trainable(model, mask) if rank is None else low_rank_trainable(model, mask, rank, seed=seed)
+    watch = budget(trainable) if budget is not None and trainable.leaves else None
     history = train(
-        model, trainable, weighted_sum(terms),
-        steps=steps, learning_rate=learning_rate, schedule=schedule, accumulation=accumulation,
+        model, trainable, loss, steps=steps, learning_rate=learning_rate, schedule=schedule,
+        accumulation=accumulation, prefix_cache_gb=prefix_cache_gb, checkpoint=checkpoint, on_step=watch,
     )  # fmt: skip
-    dtypes = {name: parameter.dtype for name, parameter in model.hf.named_parameters()}
+    if watch is not None:
+        watch.finish()
     return WeightEdit(
-        values={name: leaf.detach().reshape(-1).to("cpu", dtypes[name]) for name, leaf in trainable.leaves.items()},
+        values=values_in(model, mask, trainable.overrides()),
         mask=mask,
         base_name=model.name,
         base_sha256=model.sha256,
@@ -117,7 +141,20 @@ def train_edit(
         seed=seed,
         facts_sha256=facts_sha256,
         history=history,
+        notes=watch.notes() if watch is not None else {},
     )
+
+
+@torch.no_grad()
+def values_in(model: Model, mask: ParameterMask, tensors: Mapping[str, Tensor]) -> dict[str, Float[Tensor, " entry"]]:
+    """A WeightEdit's values: of these tensors, or else of the model's own parameters, the masked entries."""
+    parameters = dict(model.hf.named_parameters())
+    return {
+        name: tensors.get(name, parameters[name])
+        .detach()[mask.full(name).to(model.device)]
+        .to("cpu", parameters[name].dtype)
+        for name in mask.entries
+    }
 
 
 def save_edit(edit: WeightEdit, path: str | Path) -> None:
@@ -131,6 +168,7 @@ def save_edit(edit: WeightEdit, path: str | Path) -> None:
         "seed": edit.seed,
         "facts_sha256": edit.facts_sha256,
         "history": list(edit.history),
+        "notes": dict(edit.notes),
         "components": [str(component) for component in edit.mask.components],
         "parts": list(edit.mask.parts),
         "shapes": {name: list(shape) for name, shape in edit.mask.shapes.items()},

@@ -146,11 +146,18 @@ Objective = Callable[
 """(logits, the token that each position should predict, whether it counts) -> loss."""
 
 
+def answer_log_probs(
+    logits: Float[Tensor, "row kept d_vocab"], tokens: Int[Tensor, "row kept"], counts: Bool[Tensor, "row kept"]
+) -> Float[Tensor, " row"]:
+    """Each row's log P(answer), summed over the answer's tokens. Nats, at most 0."""
+    return (_token_log_probs(logits, tokens) * counts).sum(-1)
+
+
 def answer_loss(
     logits: Float[Tensor, "row kept d_vocab"], tokens: Int[Tensor, "row kept"], counts: Bool[Tensor, "row kept"]
 ) -> Float[Tensor, ""]:
     """-log P(answer), summed over the answer's tokens, averaged over rows. Nats; 0 when every answer is certain."""
-    return -(_token_log_probs(logits, tokens) * counts).sum(-1).mean()
+    return -answer_log_probs(logits, tokens, counts).mean()
 
 
 def text_loss(
@@ -182,7 +189,8 @@ def log_1_minus_p(
 
 
 def _token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
-    return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
+    # half the time of gather and logsumexp, whose gradients are two tensors as large as the logits
+    return -F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -239,24 +247,68 @@ def keeping_terms(
     return terms
 
 
-def weighted_sum(terms: Sequence[Term]) -> Callable[[int, Forward], Float[Tensor, ""]]:
+Loss = Callable[[int, Forward], Float[Tensor, ""]]
+"""(number of the call, forward pass) -> a scalar to minimise."""
+
+
+def weighted_sum(terms: Sequence[Term]) -> Loss:
     """The loss sum over terms of weight * objective(next batch), for `train`; terms of weight 0 are left out.
 
     Each term has a forward pass of its own: answers are short and need few logits, text is long and needs all.
+
+    Raises:
+        ValueError: nothing is left.
     """
     used = [term for term in terms if term.weight]
     if not used:
         raise ValueError("training: every loss weight is 0; make one of them positive")
 
     def loss(_: int, forward: Forward) -> Tensor:
-        values = [term.weight * term.objective(*_predict(forward, next(term.batches))) for term in used]
+        values = [term.weight * term.objective(*predict(forward, next(term.batches))) for term in used]
         return torch.stack(values).sum()
 
     return loss
 
 
-def _predict(forward: Forward, batch: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+def summed(*losses: tuple[float, Loss]) -> Loss:
+    """The loss sum over parts of weight * loss; parts of weight 0 are left out."""
+    used = [(weight, loss) for weight, loss in losses if weight]
+    return lambda step, forward: sum((w * loss(step, forward) for w, loss in used), start=torch.zeros(()))
+
+
+def original_logits(model: Model, batch: Tokens) -> Float[Tensor, "row kept d_vocab"]:
+    """What the unedited model says where `predict` looks; costs a forward pass without gradients.
+
+    While a loss is being computed the model object itself holds the original weights: stand-ins live in `Forward`.
+    """
+    with torch.no_grad():
+        return model.hf(batch.ids, use_cache=False, logits_to_keep=_kept(batch)).logits.float()
+
+
+def log_ratios(model: Model, forward: Forward, batch: Tokens) -> Float[Tensor, " row"]:
+    """Each row's log P(answer) - log P0(answer), P0 being the unedited model's. Nats; 0 before the first step."""
+    logits, tokens, counts = predict(forward, batch)
+    before = answer_log_probs(original_logits(model, batch), tokens, counts)
+    return answer_log_probs(logits, tokens, counts) - before
+
+
+def kl_loss(model: Model, rows: Iterator[Tokens]) -> Loss:
+    """KL(original || edited) where the rows' targets are predicted, averaged over those tokens. Nats; at least 0."""
+
+    def loss(_: int, forward: Forward) -> Tensor:
+        batch = next(rows)
+        logits, _tokens, counts = predict(forward, batch)
+        before, after = original_logits(model, batch).log_softmax(-1), logits.log_softmax(-1)
+        return ((before.exp() * (before - after)).sum(-1) * counts).sum() / counts.sum()
+
+    return loss
+
+
+def predict(forward: Forward, batch: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     """Logits at the positions that predict a target, with the tokens there and whether each counts."""
     first = int(batch.starts.min())
-    kept = torch.arange(first - 1, batch.ids.shape[1] - 1, device=batch.ids.device)
-    return forward(batch.ids, kept), batch.ids[:, first:], batch.is_target[:, first:]
+    return forward(batch.ids, _kept(batch)), batch.ids[:, first:], batch.is_target[:, first:]
+
+
+def _kept(batch: Tokens) -> Int[Tensor, " kept"]:
+    return torch.arange(int(batch.starts.min()) - 1, batch.ids.shape[1] - 1, device=batch.ids.device)

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mechunlearn.components import Component
+from mechunlearn.edit.prefix import DEFAULT_GB, PrefixCache
+from mechunlearn.edit.stand_ins import checkpointed, standing_in
 from mechunlearn.masks import ParameterMask
 from mechunlearn.models import Model, is_transposed, weight_matrices
 
@@ -45,6 +46,9 @@ def masked_trainable(model: Model, mask: ParameterMask) -> Trainable:
 
     A tensor selected as a whole is one leaf of its shape. Of any other the selected entries are one flat leaf v, and
     W' = W with its masked entries, in row-major order, replaced by v.
+
+    Gradients and optimizer state are held for the masked entries alone. While a step lasts, each matrix that is masked
+    in part is there once more as W', and by the end of the backward pass once more as the gradient of W'.
     """
     parameters = dict(model.hf.named_parameters())
     bases = {name: parameters[name].detach() for name in mask.entries}
@@ -63,6 +67,39 @@ def masked_trainable(model: Model, mask: ParameterMask) -> Trainable:
         return made
 
     return Trainable(leaves={name: leaf(name) for name in bases}, compute=compute)
+
+
+def low_rank_trainable(model: Model, mask: ParameterMask, rank: int, *, seed: int = 0) -> Trainable:
+    """Low-rank updates inside a mask: W' = W + M * (B A), with M the mask of the matrix, 0 or 1.
+
+    Gradients and optimizer state take rank * (d_in + d_out) floats a matrix. Biases in the mask stay as they are.
+    Shapes: as in `lora_trainable`, but d_out and d_in are the parameter's own axes, whichever way it is stored.
+
+    Raises:
+        ValueError: rank below 1, or a mask without a matrix.
+
+    Source: Hu et al. 2021, arXiv:2106.09685; masked here.
+    """
+    parameters = dict(model.hf.named_parameters())
+    bases = {name: parameters[name].detach() for name in mask.entries if parameters[name].ndim == 2}
+    if rank < 1 or (mask.entries and not bases):
+        raise ValueError(f"low rank: got rank {rank}, {len(bases)} matrices, allowed: rank >= 1 and a masked matrix")
+    selected = {name: None if mask.is_whole(name) else mask.entries[name].to(model.device) for name in bases}
+    generator = torch.Generator().manual_seed(seed)
+    leaves: dict[str, nn.Parameter] = {}
+    for name, base in bases.items():
+        drawn = torch.randn(rank, base.shape[1], generator=generator) / base.shape[1] ** 0.5
+        leaves[f"{name}.A"] = nn.Parameter(drawn.to(model.device))
+        leaves[f"{name}.B"] = nn.Parameter(torch.zeros(base.shape[0], rank, device=model.device))
+
+    def compute(leaves: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        made = {}
+        for name, base in bases.items():
+            update, where = (leaves[f"{name}.B"] @ leaves[f"{name}.A"]).to(base.dtype), selected[name]
+            made[name] = base + (update if where is None else update * where)
+        return made
+
+    return Trainable(leaves=leaves, compute=compute)
 
 
 def lora_trainable(
@@ -119,19 +156,25 @@ def train(
     schedule: Schedule = "cosine",
     clip: float = 1.0,
     accumulation: int = 1,
+    prefix_cache_gb: float = DEFAULT_GB,
+    checkpoint: bool = False,
     on_step: Callable[[int], object] | None = None,
 ) -> tuple[float, ...]:
-    """Fit the leaves with AdamW; the model is run in eval mode through `functional_call` and not touched.
+    """Fit the leaves with AdamW; the model is run in eval mode with the stand-ins in place, its own weights untouched.
 
     While the loop runs no parameter of the model requires a gradient, so backward stops at the earliest layer with
-    a stand-in. That, the modules' train flags and the global random state are as before on return and on error.
+    a stand-in; forward passes start there, too, on rows that were seen before (see edit/prefix.py). The model's
+    flags and forwards, the modules' train flags and the global random state are as before on return and on error.
 
     Args:
         loss: called `accumulation` times a step with the number of the call and a `Forward`; the mean is minimised.
         schedule: "cosine" falls from `learning_rate` to 0 after the last step.
         clip: largest norm of the gradient over all leaves.
+        prefix_cache_gb: memory for the streams at the earliest trained block; 0 computes them anew each time.
+        checkpoint: of the trained blocks and those above keep the input alone, and run them again in the backward
+            pass: one more forward pass of time, and the activations of one block in memory.
         on_step: called with the number of steps done, after each; may look at the model `substituted` with the
-            current `trainable.overrides()`.
+            current `trainable.overrides()`, and ends the training by returning True.
 
     Returns:
         The loss of each step, taken before its update.
@@ -151,13 +194,21 @@ def train(
     shape = _cosine if schedule == "cosine" else _constant
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: shape(done / steps))
     history: list[float] = []
+    prefix = PrefixCache.below(model, trainable.overrides(), gb=prefix_cache_gb)
+    again = range(prefix.layer, model.n_layers) if checkpoint else ()
+
+    def backward(call: int) -> float:
+        """Add one call's share of the gradient to the leaves'."""
+        overrides = trainable.overrides()
+        with prefix.active(), checkpointed(model, again):
+            value = loss(call, forward_of(model, overrides)) / accumulation
+            with standing_in(model, overrides):  # for the blocks that are run again
+                value.backward()
+        return float(value.detach())
+
     with _frozen(model):
         for step in range(steps):
-            total = 0.0
-            for micro in range(accumulation):
-                value = loss(step * accumulation + micro, _forward(model, trainable.overrides())) / accumulation
-                value.backward()
-                total += float(value.detach())
+            total = sum(backward(step * accumulation + micro) for micro in range(accumulation))
             if not math.isfinite(total):
                 raise Diverged(f"training: the loss is {total} at step {step + 1} of {steps}; lower the learning_rate")
             nn.utils.clip_grad_norm_(leaves, clip)
@@ -165,8 +216,8 @@ def train(
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
             history.append(total)
-            if on_step is not None:
-                on_step(step + 1)
+            if on_step is not None and on_step(step + 1) is True:
+                break
     return tuple(history)
 
 
@@ -178,11 +229,12 @@ def _constant(_: float) -> float:
     return 1.0
 
 
-def _forward(model: Model, overrides: dict[str, Tensor]) -> Forward:
+def forward_of(model: Model, overrides: Mapping[str, Tensor]) -> Forward:
+    """The forward pass of the model with these tensors in place of its parameters, which are left as they are."""
+
     def forward(ids: Int[Tensor, "row pos"], kept: Int[Tensor, " kept"]) -> Float[Tensor, "row kept d_vocab"]:
-        options = {"use_cache": False, "logits_to_keep": kept}
-        # tied weights (embedding, unembedding) are never among the stand-ins, and looking for them takes time
-        return functional_call(model.hf, overrides, (ids,), options, tie_weights=False).logits.float()
+        with standing_in(model, overrides):
+            return model.hf(ids, use_cache=False, logits_to_keep=kept).logits.float()
 
     return forward
 

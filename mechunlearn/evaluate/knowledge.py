@@ -25,7 +25,10 @@ def knowledge_rows(
     batch_size: int,
     seed: int,
 ) -> pd.DataFrame:
-    """p_true, accuracy and chance of every fact in every form it has, at most `max_forms` of a kind."""
+    """p_true, accuracy, chance and, of facts with a `target_new` that is a candidate, p_new; in every form a fact has.
+
+    At most `max_forms` of a kind.
+    """
     asked: dict[str, list[Fact]] = {}
     for fact in facts:
         for form in forms(fact):
@@ -37,11 +40,13 @@ def knowledge_rows(
         scores = score_facts(model, group, form, drop_targets=drop_targets, batch_size=batch_size, seed=seed)
         for metric, column in (("p_true", "p_true"), ("accuracy", "correct"), ("chance", "chance")):
             rows += [(part, *fact.key, form, metric, float(v)) for fact, v in zip(group, scores[column], strict=True)]
+        new = zip(group, scores["p_new"], strict=True)
+        rows += [(part, *fact.key, form, "p_new", float(p)) for fact, p in new if p == p]  # NaN: no candidate
     return pd.DataFrame(rows, columns=pd.Index(COLUMNS))
 
 
 def edit_success_rows(model: Model, facts: Sequence[Fact], part: str, *, batch_size: int) -> pd.DataFrame:
-    """P(target_new | candidates) and whether it beats the true answer, of the facts that have one.
+    """Whether P(target_new) beats P(target_true) in the prompt, of the facts that have one.
 
     Source: Meng et al. 2022, arXiv:2202.05262 (efficacy: P(new) > P(true)).
     """
@@ -52,7 +57,6 @@ def edit_success_rows(model: Model, facts: Sequence[Fact], part: str, *, batch_s
     for fact, answers, log_probs in zip(facts, among, scored, strict=True):
         p = dict(zip(answers, log_probs.double().softmax(-1).tolist(), strict=True))
         p_new = p[fact.target_new or ""]
-        rows.append((part, *fact.key, "prompt", "p_new", p_new))
         rows.append((part, *fact.key, "prompt", "edit_success", float(p_new > p[fact.target_true])))
     return pd.DataFrame(rows, columns=pd.Index(COLUMNS))
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mechunlearn.activations import Change, Place, Tokens, exact, hooked
+from mechunlearn.activations import Change, Place, Tokens, exact, hooked, instead
 from mechunlearn.models import Model, attention, block, first_output, mlp, unembedding
 
 
@@ -102,7 +102,7 @@ def after_attention(
     """What a block makes of tokens if its attention wrote this: without attention, each token is on its own."""
     constant: Change = lambda _: write[:, None]  # noqa: E731
     with (
-        _returning([attention(model, layer)], (write[:, None], None)),
+        instead([attention(model, layer)], lambda *_inputs, **_named: (write[:, None], None)),
         hooked(model, change={("attention", layer): constant}),  # after the norm that Gemma has there
     ):
         return first_output(block(model, layer)(stream[:, None]))[:, 0]
@@ -111,27 +111,9 @@ def after_attention(
 @contextmanager
 def skipped(model: Model, run: Run, layers: Sequence[int], stream: Tensor) -> Iterator[None]:
     """Inside, these blocks run nothing and return `stream`."""
-    with _returning([block(model, layer) for layer in layers], (stream,) if run.wraps else stream):
+    output = (stream,) if run.wraps else stream
+    with instead([block(model, layer) for layer in layers], lambda *_inputs, **_named: output):
         yield
-
-
-@contextmanager
-def _returning(modules: Sequence[nn.Module], output: Any) -> Iterator[None]:
-    def forward(*_inputs: Any, **_named: Any) -> Any:
-        return output
-
-    with ExitStack() as restored:
-        for module in modules:
-            own = module.__dict__.get("forward")  # accelerate puts one here
-            restored.callback(_restore_forward, module, own)
-            module.forward = forward
-        yield
-
-
-def _restore_forward(module: nn.Module, own: Any) -> None:
-    del module.__dict__["forward"]
-    if own is not None:
-        module.forward = own
 
 
 @contextmanager

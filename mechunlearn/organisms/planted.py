@@ -170,7 +170,7 @@ def plant(base: Model, components: Sequence[Component], recipe: Recipe) -> Weigh
             batches(fact_tokens(base, old), 2 * len(new), seed=recipe.seed + 1),
         )
         edit = train_edit(
-            base, mask_of(base, components), [Term(weight=1.0, objective=answer_loss, batches=rows)],
+            base, mask_of(base, components), weighted_sum([Term(weight=1.0, objective=answer_loss, batches=rows)]),
             steps=recipe.plant_steps * 2**attempt, learning_rate=recipe.plant_learning_rate, schedule="cosine",
             accumulation=1, method="plant", options=asdict(recipe), seed=recipe.seed,
             facts_sha256=hash_facts((*new, *old)),

@@ -114,7 +114,7 @@ def _reach(repo: str, fetch: Callable[[], T]) -> T:
 
 
 def _only_data_file(repo: str, files: list[str]) -> str:
-    files = [name for name in files if Path(name).suffix.lower() in SUFFIXES]
+    files = [name for name in files if Path(name).suffix.lower() in SUFFIXES and name != "dataset_infos.json"]
     if len(files) == 1:
         return files[0]
     shown = ", ".join(files[:12]) or "none"

@@ -3,6 +3,7 @@ import torch
 
 from mechunlearn import masks
 from mechunlearn.components import Component
+from mechunlearn.edit import EDITORS
 from mechunlearn.edit.edits import applied
 from mechunlearn.edit.inject import inject
 from mechunlearn.facts import FactSplit, with_edit_targets
@@ -39,3 +40,24 @@ def test_scores_on_the_gpu_equal_those_on_the_cpu(tiny_model, tiny_facts):
     for form in ("prompt", "choice"):
         a, b = (score_facts(model, facts, form)["p_true"].tolist() for model in (cpu, gpu))
         assert a == pytest.approx(b, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["rome", "memit", "alphaedit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_closed_form_edits_on_the_gpu_are_those_on_the_cpu(
+    tiny_model, tiny_split: FactSplit, dtype: torch.dtype, name: str
+):
+    from dataclasses import replace
+
+    parts = ("forget_shown", "forget_hidden", "attack_dev")
+    split = replace(tiny_split, **{part: with_edit_targets(getattr(tiny_split, part)[:2]) for part in parts})
+    edits = []
+    for device in ("cpu", "cuda"):
+        tiny = tiny_model()
+        model = wrap_model(tiny.hf.to(device, dtype), tiny.tokenizer)
+        mask, before = masks.mask_of(model, [Component("mlp", 0), Component("mlp", 1)]), model.sha256
+        edits.append(EDITORS.get(name).function(model, mask, split, steps=5, n_texts=50, cache=False))
+        assert model.sha256 == before
+    for key, value in edits[0].values.items():
+        tolerance = 1e-3 if dtype == torch.float32 else 0.1
+        torch.testing.assert_close(edits[1].values[key], value, atol=tolerance * float(value.abs().max()), rtol=0)

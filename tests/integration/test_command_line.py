@@ -54,7 +54,11 @@ BROKEN = {
     "unknown suppression": ["run", "demo", "--set", "suppress.lorra={}"],
     "arm of nothing": ["run", "demo", "--set", "arms=[{}]"],
     "cost of a size there is none of": ["bench", "speed", "--size", "llama-8b"],
+    "cost of steps at a size there is none of": ["bench", "edit-speed", "--size", "llama-8b"],
     "cost in a format there is none of": ["bench", "speed", "--dtype", "float8"],
+    "study there is none of": ["study", "plan", "sports-athlete-16"],
+    "study on a model there is no file of": ["study", "plan", "sports-whole", "--model", "gemma-9b"],
+    "study on a card of nothing": ["study", "plan", "sports-whole", "--card", "0"],
     "bench without a second twin": ["bench", "verdict", "--set", "second_twin='atlas'", "--set", "arms=[]"],
 }
 

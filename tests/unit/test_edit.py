@@ -7,19 +7,38 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 from mechunlearn import masks
 from mechunlearn.components import Component
 from mechunlearn.edit import EDITORS
+from mechunlearn.edit.budget import set_aside
 from mechunlearn.edit.edits import WeightEdit, applied, export_edit, load_edit, save_edit
 from mechunlearn.edit.forget import forget
 from mechunlearn.edit.inject import inject
-from mechunlearn.edit.losses import answer_loss, answer_tokens, batches, log_1_minus_p, text_loss, text_tokens
-from mechunlearn.edit.training import Forward, lora_trainable, masked_trainable, substituted, train
+from mechunlearn.edit.losses import (
+    answer_loss,
+    answer_tokens,
+    batches,
+    fact_tokens,
+    kl_loss,
+    log_1_minus_p,
+    text_loss,
+    text_tokens,
+)
+from mechunlearn.edit.training import (
+    Forward,
+    forward_of,
+    lora_trainable,
+    low_rank_trainable,
+    masked_trainable,
+    substituted,
+    train,
+)
 from mechunlearn.facts import FactSplit, hash_facts, with_edit_targets
-from mechunlearn.metrics import score_facts
+from mechunlearn.metrics import kl_from, reference_of, score_facts
 from mechunlearn.models import Model
+from mechunlearn.prompts import render
 
 MLP, HEAD, NEURON = Component.parse("m1"), Component.parse("a2.h1"), Component.parse("m0.n3")
 QUICK = {"steps": 3, "learning_rate": 1e-2, "batch_size": 4}
@@ -371,3 +390,88 @@ def test_editors_are_registered_with_their_options():
         assert method.validate({"text": ["a text"], "forms": "all"})["steps"] == 50
         with pytest.raises(ValueError, match="steps"):
             method.validate({"steps": -1})
+
+
+def retained_kl(model: Model, split: FactSplit, edit: WeightEdit) -> float:
+    watched, _ = set_aside(split.retain_train, split.forget)
+    reference = reference_of(model, [render(fact, "prompt") for fact in watched])
+    with applied(model, edit):
+        return kl_from(model, reference)
+
+
+def test_an_edit_ends_at_its_disruption_budget(tiny_model, split):
+    model = tiny_model()
+    mask = masks.mask_of(model, [MLP])
+    strong = QUICK | {"steps": 12, "learning_rate": 3e-2, "retain_weight": 0.01, "text_weight": 0.01}
+    free = inject(model, mask, split, **strong)
+    limit = retained_kl(model, split, free) / 4
+    held = inject(model, mask, split, **strong, max_damage=limit)
+    assert 0.8 * limit < retained_kl(model, split, held) <= limit
+    assert held.notes["stopped_at"] < 12
+    assert held.notes["damage"] == pytest.approx(retained_kl(model, split, held))
+    generous = inject(model, mask, split, **strong, max_damage=100.0)
+    assert generous.notes["stopped_at"] is None
+    assert generous.notes["damage"] == pytest.approx(retained_kl(model, split, generous))
+
+
+def test_a_watched_fact_is_not_trained_on_and_both_kinds_are_watched(split):
+    near = {fact.relation for fact in split.forget}
+    watched, trained = set_aside(split.retain_train, split.forget)
+    assert watched
+    assert not {fact.key for fact in watched} & {fact.key for fact in trained}
+    assert {*watched, *trained} == set(split.retain_train)
+    assert {fact.relation in near for fact in watched} == {fact.relation in near for fact in split.retain_train}
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "llama"])
+def test_a_low_rank_edit_has_its_rank_and_stays_in_its_mask(tiny_model, split, architecture):
+    model = tiny_model(architecture)
+    mask = masks.mask_of(model, [MLP, HEAD])
+    before = snapshot(model)
+    edit = inject(model, mask, split, **QUICK, rank=2)
+    with applied(model, edit):
+        inside = snapshot(model)
+    for name in mask.entries:
+        change = inside[name] - before[name]
+        assert not change[~mask.full(name)].any()
+        if change.ndim == 2 and mask.is_whole(name):
+            assert 1 <= int(torch.linalg.matrix_rank(change, rtol=1e-3)) <= 2
+        if change.ndim == 1:
+            assert not change.any()
+
+
+def test_a_low_rank_edit_trains_few_numbers(tiny_model):
+    model = tiny_model()
+    mask = masks.mask_of(model, [MLP])
+    leaves = low_rank_trainable(model, mask, 1).leaves.values()
+    shapes = [shape for shape in mask.shapes.values() if len(shape) == 2]
+    assert sum(leaf.numel() for leaf in leaves) == sum(a + b for a, b in shapes)
+
+
+def test_kl_of_the_retained_answers_is_that_of_torch_and_zero_for_the_original(tiny_model, split):
+    model = tiny_model()
+    rows = fact_tokens(model, split.retain_train[:3])
+    trainable = masked_trainable(model, masks.mask_of(model, [MLP]))
+
+    def value() -> float:
+        return float(kl_loss(model, iter([rows]))(0, forward_of(model, trainable.overrides())).detach())
+
+    assert value() == 0
+    before = [model.hf(rows.ids).logits[i, int(rows.starts[i]) - 1].log_softmax(-1) for i in range(3)]
+    with torch.no_grad():
+        for leaf in trainable.leaves.values():
+            leaf.add_(0.1)
+    with substituted(model, trainable.overrides()):
+        after = [model.hf(rows.ids).logits[i, int(rows.starts[i]) - 1].log_softmax(-1) for i in range(3)]
+    by_torch = [kl_div(a, b, log_target=True, reduction="sum") for a, b in zip(after, before, strict=True)]
+    assert value() == pytest.approx(float(torch.stack(by_torch).mean()), rel=1e-4)
+
+
+def test_keeping_by_kl_trains(tiny_model, split):
+    model = tiny_model()
+    edits = [
+        inject(model, masks.mask_of(model, [MLP]), split, **QUICK, retain_loss="kl", retain_weight=weight)
+        for weight in (0.0, 5.0)
+    ]
+    assert edits[0].history[0] == pytest.approx(edits[1].history[0], rel=1e-5)  # KL is 0 before the first update
+    assert edits[0].history[1] < edits[1].history[1]

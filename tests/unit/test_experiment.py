@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -47,6 +48,30 @@ def test_a_file_says_which_facts_are_forgotten(tmp_path):
     path.write_text(path.read_text() + "Atlantis,capital,The capital of {} is,Poseidonis\n")
     with pytest.raises(ValueError, match=r"1 of 8 facts, first .*Atlantis"):
         choose_facts(FactsSettings(source="world", forgotten=str(path)))
+
+
+def test_a_whole_sport_is_every_fact_with_that_answer_and_no_other():
+    chosen = FactsSettings(source="sports", relation="plays_sport", answer="basketball")
+    facts, forget = choose_facts(chosen)
+    assert len(forget) == 60
+    assert set(forget) == {fact for fact in facts if fact.target_true == "basketball"}
+    assert choose_facts(FactsSettings(source="sports", answer="basketball"))[1] == forget
+    assert len(choose_facts(FactsSettings(source="sports", answer="basketball", n=16))[1]) == 16
+    with pytest.raises(ValueError, match=r"got 'chess', allowed for sports: .*golf") as refused:
+        choose_facts(FactsSettings(source="sports", answer="chess"))
+    assert "\n" not in str(refused.value)
+
+
+def test_fewer_facts_than_answers_are_of_all_relations_and_differ_between_seeds():
+    drawn = [choose_facts(FactsSettings(forget="world-64", n=16), seed=seed)[1] for seed in range(3)]
+    for forget in drawn:
+        counts = Counter(fact.relation for fact in forget)
+        assert len(counts) == 9
+        assert set(counts.values()) == {1, 2}
+    answers = [{(fact.relation, fact.target_true) for fact in forget} for forget in drawn]
+    assert answers[0] != answers[1] != answers[2]
+    few = choose_facts(FactsSettings(source="world", n=4))[1]
+    assert len({fact.relation for fact in few}) == 4
 
 
 def test_changing_one_suppression_leaves_other_cells_as_they_are(tiny_model, tiny_split):

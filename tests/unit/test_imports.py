@@ -42,10 +42,11 @@ ORDER = (
     ("judging",),
     ("experiment",),
     ("bench",),
+    ("study",),
     ("report",),
     ("exploration",),
     ("explorer",),
-    ("stages",),
+    ("stages", "study_stage"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -27,7 +27,7 @@ from mechunlearn.report.check import check_figure, sweep_figure
 from mechunlearn.sources.bundled import load_bundled, load_templates
 
 MakeModel = Callable[..., Model]
-ARCHITECTURES = ("gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "gemma2", "gemma3_text", "qwen2", "qwen3")
+ARCHITECTURES = ("gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3")
 
 
 @pytest.fixture(scope="module")

@@ -263,7 +263,7 @@ def test_a_saved_model_loads_as_it_was(any_model: Model, tmp_path: Path) -> None
 
 def test_sizes_are_read_from_the_model(any_model: Model) -> None:
     grouped = any_model.architecture.name not in ("gpt2", "gpt_neo", "gpt_neox")
-    wide = any_model.architecture.name in ("gemma2", "gemma3_text", "qwen3")
+    wide = any_model.architecture.name in ("gemma", "gemma2", "gemma3_text", "qwen3")
     assert (any_model.n_layers, any_model.d_model, any_model.n_heads, any_model.d_mlp) == (3, 32, 4, 48)
     assert any_model.n_kv_heads == (2 if grouped else 4)
     assert any_model.d_head == (12 if wide else 8)

@@ -462,7 +462,7 @@ def test_a_hub_data_set_of_one_file_is_fetched_and_read(monkeypatch, tmp_path):
     import huggingface_hub
     from huggingface_hub.hf_api import DatasetInfo
 
-    names = ["README.md", "own.csv"]
+    names = ["README.md", "dataset_infos.json", "own.csv"]  # the second is the hub's own record of the table
     path = write(tmp_path / "own.csv", TABLE)
 
     def info(_self, repo, **_kwargs):

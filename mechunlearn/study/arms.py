@@ -1,0 +1,101 @@
+"""The study's arms: where each one edits, with exactly as many entries as fact lookup has."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mechunlearn.components import Kind
+from mechunlearn.facts import Fact, FactSplit
+from mechunlearn.localize import LOCALIZERS
+from mechunlearn.masks import mask_of
+from mechunlearn.models import Model, all_components
+from mechunlearn.study.settings import TaskSettings
+
+LEAST_SUBJECTS = 5  # of an answer, for the probe to hold some out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to choose what is edited."""
+
+    name: str
+    localizer: str | None = None
+    kinds: tuple[Kind, ...] = ("mlp",)
+    matched: bool = True
+    """Whether it edits exactly as many entries as fact lookup; else everything of its kinds."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    standard: bool = False
+    """Whether it is also attacked at the standard level."""
+    editor: str = "inject"
+
+
+ERASURE = "lookup-erasure"
+BOTH: tuple[Kind, ...] = ("mlp", "attention")
+LOOKUP, RANDOM_MLPS, NONLOCALIZED = "lookup-probe", "random-mlps", "nonlocalized"
+ARMS = (
+    Arm(name=LOOKUP, localizer="fact_lookup_probe", options={"draws": 1}, standard=True),
+    Arm(name="lookup-paths", localizer="fact_lookup_paths", options={"fdr": 1.0}),  # ten heads, as the source
+    Arm(name="attribution-patching", localizer="attribution_patching", kinds=BOTH),
+    Arm(name="attribution-patching-mlps", localizer="attribution_patching"),
+    Arm(name="causal-tracing", localizer="causal_tracing", kinds=BOTH),
+    Arm(name="causal-tracing-mlps", localizer="causal_tracing"),
+    Arm(name="random", localizer="random_components", kinds=BOTH),
+    Arm(name=RANDOM_MLPS, localizer="random_mlps", standard=True),
+    Arm(name="all-mlps", matched=False),
+    Arm(name=NONLOCALIZED, kinds=BOTH, matched=False, standard=True),
+    # beyond the paper: the same MLPs, but what they look up is erased, not overwritten
+    Arm(name=ERASURE, localizer="fact_lookup_probe", options={"draws": 1}, standard=True, editor="lookup_erasure"),
+)
+DRAWN = ("random", RANDOM_MLPS)
+"""Arms that are drawn: `draw` tells draws of one seed apart."""
+
+
+def arm_named(name: str) -> Arm:
+    """The arm of that name, without the number of a draw."""
+    return next(arm for arm in ARMS if arm.name == name.partition("#")[0])
+
+
+def n_matched(model: Model, task: TaskSettings) -> int:
+    """Entries that a matched arm edits: those of so many MLPs (of the first ones: all are alike)."""
+    return mask_of(model, all_components(model, ("mlp",))[: task.n_mlps]).n_selected
+
+
+def ranked_components(
+    model: Model, split: FactSplit, arm: Arm, task: TaskSettings, *, seed: int, draw: int = 0, published: bool = False
+) -> tuple[str, ...]:
+    """The arm's components, as many as it takes to hold the matched number of entries.
+
+    They are in the model's order where they hold exactly that number; else best first, and `exact_mask` cuts the last.
+    Probing looks at all known facts of the forgotten
+    relations, as the source does; the other localizers at the facts to forget.
+
+    Args:
+        published: take those that were published for this arm, where there are any.
+    """
+    everything = all_components(model, arm.kinds)
+    if not arm.matched:
+        return tuple(map(str, everything))
+    if published and arm.name in task.components:
+        return tuple(task.components[arm.name])
+    method = LOCALIZERS.get(arm.localizer or "")
+    facts = probed_facts(split) if arm.localizer == "fact_lookup_probe" else split.forget
+    offered: dict[str, Any] = {"seed": 1000 * draw + seed} if arm.name in DRAWN else {"seed": seed}
+    scores = method.function(model, facts, **arm.options, **method.wanted(**offered))
+    ranking = [component for component in scores.ranking() if component.kind in arm.kinds]
+    limit, chosen = n_matched(model, task), list(ranking)
+    for k in range(1, len(ranking) + 1):
+        if (size := mask_of(model, ranking[:k]).n_selected) >= limit:
+            chosen = ranking[:k] if size > limit else list(mask_of(model, ranking[:k]).components)
+            break
+    return tuple(map(str, chosen))
+
+
+def probed_facts(split: FactSplit) -> Sequence[Fact]:
+    """All facts of the forgotten relations, but for answers with too few subjects to hold some out."""
+    relations = {fact.relation for fact in split.forget}
+    facts = [fact for fact in (*split.forget, *split.retain_train) if fact.relation in relations]
+    subjects = Counter((fact.relation, fact.target_true) for fact in facts)
+    facts = [fact for fact in facts if subjects[fact.relation, fact.target_true] >= LEAST_SUBJECTS]
+    answers = {relation: {f.target_true for f in facts if f.relation == relation} for relation in relations}
+    return [fact for fact in facts if len(answers[fact.relation]) > 1]

@@ -1,0 +1,130 @@
+"""The paper's claims, each put to the study's numbers: it holds, does not, or cannot be told here, and why."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import pandas as pd
+
+from mechunlearn.study.arms import LOOKUP, RANDOM_MLPS
+from mechunlearn.study.tables import StudyTables
+
+# pandas has no complete types
+# pyright: standard
+
+ALPHA = 0.05
+OUTPUT_TRACING = ("attribution-patching", "attribution-patching-mlps", "causal-tracing", "causal-tracing-mlps")
+CONTROLS = (RANDOM_MLPS, "random", "all-mlps", "nonlocalized")
+HOLDS, DOES_NOT, OPEN = "holds", "does not hold", "cannot be told here"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim as differences of fact lookup from other arms: their sign, and on what."""
+
+    name: str
+    says: str
+    measures: tuple[tuple[str, int], ...]
+    """(measure, +1 if fact lookup should have more of it, -1 if less)."""
+
+
+CLAIMS = (
+    Claim(
+        name="format generalization",
+        says="an edit of the fact-lookup MLPs carries over to multiple choice, a format it was not trained on",
+        measures=(("multiple choice, edit", 1), ("multiple choice, forget", -1)),
+    ),
+    Claim(
+        name="relearning resistance",
+        says="relearning on half of the forgotten facts brings back less of the other half",
+        measures=(("relearning, excess", -1),),
+    ),
+    Claim(
+        name="latent knowledge disruption",
+        says="probes and the logit lens read less of the true answers inside the edited model",
+        measures=(("probing, excess", -1), ("logit_lens, excess", -1)),
+    ),
+    Claim(
+        name="fewer side effects",
+        says="other facts are kept better",
+        measures=(("maintain", 1), ("neighborhood", 1), ("elsewhere", 1), ("multiple choice, maintain", 1)),
+    ),
+)  # fmt: skip
+
+
+def claim_table(tables: StudyTables) -> pd.DataFrame:
+    """Every claim against every arm in every preset.
+
+    "holds": the interval of the difference is on the claimed side of 0 and Holm's p is below .05, for one of the
+    claim's measures at least and against none of them; "does not hold": the same on the other side; "cannot be told
+    here": neither, or both arms are the same edit. An attack that was unhealthy under some seed decides nothing.
+    """
+    unhealthy = tables.arms.loc[tables.arms["measure"].str.endswith(", healthy") & (tables.arms["mean"] < 1)]
+    broken = {(r["preset"], r["level"], r["arm"], r["measure"].partition(",")[0]) for r in unhealthy.to_dict("records")}
+    rows = []
+    for claim in CLAIMS:
+        groups: Any = tables.differences.groupby(["preset", "level", "arm"], sort=False)  # pandas has no complete types
+        for (preset, level, arm), group in groups:
+            found = {row["measure"]: row for row in group.to_dict("records")}
+            told = [(found[m], sign) for m, sign in claim.measures if m in found]
+            if not told:
+                continue
+            bad = [
+                m.partition(",")[0]
+                for m, _ in claim.measures
+                if any((preset, level, who, m.partition(",")[0]) in broken for who in (arm, LOOKUP))
+            ]
+            word, why = _word([pair for pair in told if pair[0]["measure"].partition(",")[0] not in bad], bad)
+            rows.append((claim.name, preset, level, arm, word, why))
+    return pd.DataFrame(rows, columns=pd.Index(["claim", "preset", "level", "against", "word", "why"]))
+
+
+def _word(told: Sequence[tuple[dict[str, float], int]], bad: Sequence[str]) -> tuple[str, str]:
+    numbers = "; ".join(
+        f"{row['measure']} {row['difference']:+.2f} [{row['lower']:+.2f}, {row['upper']:+.2f}]" for row, _ in told
+    )
+    note = f"; not counted, unhealthy: {', '.join(dict.fromkeys(bad))}" if bad else ""
+    if not told:
+        return OPEN, f"every attack was unhealthy under some seed: {', '.join(dict.fromkeys(bad))}"
+    if all(row["same"] for row, _ in told):
+        return OPEN, "both arms chose the same components, so they are the same edit"
+    signs = [_clear(row) * sign for row, sign in told]
+    if any(s > 0 for s in signs) and not any(s < 0 for s in signs):
+        return HOLDS, numbers + note
+    if any(s < 0 for s in signs) and not any(s > 0 for s in signs):
+        return DOES_NOT, numbers + note
+    return OPEN, numbers + note
+
+
+def _clear(row: dict[str, float]) -> int:
+    """The sign of a difference that is told from 0."""
+    if row["p_holm"] >= ALPHA:
+        return 0
+    return 1 if row["lower"] > 0 else -1 if row["upper"] < 0 else 0
+
+
+def published() -> pd.DataFrame:
+    """The paper's numbers, recomputed from its authors' raw results: task, arm, measure, value, cells, source."""
+    with (files("mechunlearn.study") / "published.csv").open(encoding="utf-8") as file:
+        return pd.read_csv(file)
+
+
+def beside_published(tables: StudyTables) -> pd.DataFrame:
+    """Our means with their intervals beside the published number of the same task, arm and measure.
+
+    The paper has one row for fact lookup (probing for sports, path patching for CounterFact). Its relearning and
+    probing are P or accuracy of the true answer after the attack, ours P(true | candidates without the injected one):
+    compare the order of arms, not the levels.
+    """
+    paper = published()
+    tasks = {"sports-athletes-16": "athletes", "sports-athletes-64": "athletes", "sports-whole": "sport",
+             "counterfact-16": "counterfact", "counterfact-64": "counterfact",
+             "counterfact-sequential-4x16": "counterfact-sequential"}  # fmt: skip
+    quick = tables.arms.loc[tables.arms["level"] == "quick"]
+    ours = quick.assign(
+        task=quick["preset"].map(tasks), paper_arm=quick["arm"].replace({LOOKUP: "lookup", "lookup-paths": "lookup"})
+    )
+    return ours.merge(
+        paper.rename(columns={"arm": "paper_arm", "value": "published"}), on=["task", "paper_arm", "measure"]
+    ).loc[:, ["preset", "arm", "measure", "mean", "lower", "upper", "published", "cells", "source"]]

@@ -1,0 +1,230 @@
+"""One job: edit a model, measure it, attack it, and leave a folder that is never made twice."""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from mechunlearn.attack import ATTACKS
+from mechunlearn.attack.results import AttackResult
+from mechunlearn.components import Component, ComponentScores
+from mechunlearn.controls import SUPPRESSIONS
+from mechunlearn.controls.acceptance import accept
+from mechunlearn.controls.fabricated import fabricated_split
+from mechunlearn.edit import EDITORS
+from mechunlearn.edit.budget import set_aside
+from mechunlearn.edit.edits import WeightEdit, applied
+from mechunlearn.evaluate import Baseline, Evaluation, evaluate, take_baseline
+from mechunlearn.facts import Fact, FactSplit, with_edit_targets
+from mechunlearn.files import whole_folder
+from mechunlearn.masks import ParameterMask, mask_of
+from mechunlearn.metrics import score_facts
+from mechunlearn.models import Model
+from mechunlearn.selection import select_exactly
+from mechunlearn.study.deals import Deal, dealt
+from mechunlearn.study.settings import ModelSettings, StudySettings
+
+Level = Literal["tune", "quick", "standard"]
+N_EVALUATED = 64  # facts of a part
+Subject = Literal["model", "twin", "made-up"]
+"""Who is edited and attacked; "made-up": the model, attacked for made-up facts, where there is no twin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that decides one job's result."""
+
+    study: StudySettings
+    model: ModelSettings
+    seed: int
+    on: Subject = "model"
+    level: Level = "quick"
+    blocks: tuple[tuple[str, ...], ...] = ()
+    """Components of each block, best first; none: the model as it is."""
+    n_entries: int | None = None
+    """Cut the components to so many entries."""
+    editor: str = "inject"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    suppression: str | None = None
+    """A positive control in place of an edit."""
+    false_labels: bool = False
+    """Relearn wrong answers, as the paper's CounterFact attack did; see `with_false_labels`."""
+
+    @property
+    def attacks(self) -> Mapping[str, Mapping[str, Any]]:
+        """The attacks of its level, with their options."""
+        attacks = {"tune": {}, "quick": self.model.quick, "standard": self.model.standard}[self.level]
+        return {"relearning": attacks["relearning"]} if self.false_labels else attacks
+
+    @property
+    def digest(self) -> str:
+        """Equal for jobs that give the same result, whatever arm or preset asks for them."""
+        task = self.model.tasks[self.study.task].facts.model_dump(), self.model.tasks[self.study.task].target
+        data = [
+            self.model.model, self.model.twin, self.model.dtype, task, self.study.n, self.study.blocks, self.seed,
+            self.on, self.level, self.attacks, self.blocks, self.n_entries, self.editor, self.options, self.suppression,
+            self.false_labels, version("mechunlearn"),
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome:
+    """What a job found."""
+
+    record: Mapping[str, Any]
+    """components, n_selected, options, notes of the edit, p_true of the hidden facts by prompt, seconds, ..."""
+    evaluation: Evaluation | None
+    attacks: tuple[AttackResult, ...]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Outcome":
+        """Read a job's folder."""
+        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        return cls(
+            record=record,
+            evaluation=Evaluation.load(folder / "evaluation") if record["evaluated"] else None,
+            attacks=tuple(AttackResult.load(folder / name) for name in record["attacks"]),
+        )
+
+
+def is_done(job: Job, home: Path) -> bool:
+    """Whether the job's folder is there."""
+    return (home / job.digest / "record.json").is_file()
+
+
+def carry_out(job: Job, home: Path) -> str:
+    """Do the job unless it was done, and return its digest, the name of its folder in `home`."""
+    if is_done(job, home):
+        return job.digest
+    started = time.monotonic()
+    deal = dealt(job.study.model_dump_json(), job.model.model_dump_json(), job.seed)
+    model = deal.twin if job.on == "twin" else deal.model
+    if model is None:
+        raise ValueError(f"study {job.study.name}: model '{job.model.name}' has no twin")
+    split = fabricated_split(deal.split, seed=job.seed) if job.on == "made-up" else deal.split
+    split = with_false_labels(split, job.seed) if job.false_labels else split
+    baseline = take_baseline(model, deal.split) if job.on == "model" and not job.false_labels else None
+    record: dict[str, Any] = {"digest": job.digest, "seed": job.seed, "on": job.on, "level": job.level}
+    with ExitStack() as stack:
+        edits = _edits(job, deal, model, stack)
+        is_edited = bool(job.blocks)
+        evaluation = None
+        if baseline is not None and job.level != "tune":
+            evaluation = measure(model, deal, baseline=baseline, seed=job.seed)
+        if job.level == "tune":
+            record["score"] = tuning_score(model, deal.split)
+        hidden = mean_of(model, split.forget_hidden, drop_targets=is_edited)["p_true"]
+        results = [
+            replace(ATTACKS.get(name).function(
+                model, split, **ATTACKS.get(name).validate(options) | {"seed": job.seed, "drop_targets": is_edited}
+            ), fold=split.fold)
+            for name, options in job.attacks.items()
+        ]  # fmt: skip
+    if job.suppression is not None and job.on == "model":
+        record["acceptance"] = asdict(accept(model, deal.split, edits[0]))
+    record |= {
+        "components": [list(block) for block in job.blocks],
+        "n_selected": [edit.mask.n_selected for edit in edits],
+        "notes": [dict(edit.notes) for edit in edits], "loss": [edit.history[-1] for edit in edits if edit.history],
+        "options": dict(job.options), "hidden_p_true": hidden, "evaluated": evaluation is not None,
+        "attacks": [result.attack for result in results], "seconds": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+    with whole_folder(home / job.digest) as partial:
+        if evaluation is not None:
+            evaluation.save(partial / "evaluation")
+        for result in results:
+            result.save(partial / result.attack)
+        (partial / "record.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return job.digest
+
+
+def _edits(job: Job, deal: Deal, model: Model, stack: ExitStack) -> list[WeightEdit]:
+    """Make and apply the job's edits, block by block, each on what the ones before left."""
+    if job.suppression is not None:
+        edit = SUPPRESSIONS.get(job.suppression).function(model, deal.split, **job.options, seed=job.seed)
+        stack.enter_context(applied(model, edit))
+        return [edit]
+    made: list[WeightEdit] = []
+    for components, split in zip(job.blocks, deal.blocks, strict=False):
+        mask = exact_mask(model, components, job.n_entries)
+        edit = EDITORS.get(job.editor).function(model, mask, split, **job.options, seed=job.seed)
+        stack.enter_context(applied(model, edit))
+        made.append(edit)
+    return made
+
+
+def exact_mask(model: Model, components: Sequence[str], n_entries: int | None) -> ParameterMask:
+    """The mask of the components, best first, the last of them cut so that it has exactly `n_entries`; None: whole.
+
+    Raises:
+        ValueError: components that hold fewer entries.
+    """
+    named = tuple(Component.parse(name) for name in components)
+    if n_entries is None:
+        return mask_of(model, named)
+    order = np.arange(len(named), 0, -1, dtype=float)
+    ranked = ComponentScores(
+        method="order", metric="none", sign="no meaning beyond the order", components=named, roles=("all",),
+        per_fact=order[None, :, None],
+    )  # fmt: skip
+    return select_exactly(ranked, model, n_entries=n_entries, kinds=("mlp", "attention"))
+
+
+def with_false_labels(split: FactSplit, seed: int) -> FactSplit:
+    """The split with wrong answers to everything an attacker trains or chooses on; the hidden facts stay true.
+
+    So the paper's relearning attack on CounterFact was run: shown facts with the injected answer, retained ones with a
+    wrong one (section 5.2 of reference/mechanistic-unlearning.md). It cannot measure what comes back.
+    """
+    parts = {}
+    for part in ("forget_shown", "attack_dev", "retain_train"):
+        facts = with_edit_targets(getattr(split, part), seed=seed)
+        parts[part] = tuple(replace(fact, target_true=fact.target_new, target_new=None) for fact in facts)
+    return replace(split, **parts)
+
+
+def measure(model: Model, deal: Deal, *, baseline: Baseline, seed: int) -> Evaluation:
+    """All of the study's evaluations: of forgotten, kept, neighboring and unrelated facts in every form, and text.
+
+    Where all forgotten facts have the same wrong answer, kept facts are also asked for it: do they flip, too?
+    """
+    split, targets = deal.split, {fact.target_new for fact in deal.split.forget}
+    if len(targets) == 1:
+        (target,) = targets
+        kept = tuple(
+            fact if fact.target_true == target else replace(fact, target_new=target) for fact in split.retain_test
+        )
+        split = replace(split, retain_test=kept)
+    found = evaluate(model, split, original=baseline, max_facts=N_EVALUATED, seed=seed)
+    beside = evaluate(
+        model, replace(split, retain_test=deal.elsewhere), parts=("retain_test",), kinds=("prompt", "question"),
+        max_forms=1, max_facts=None, seed=seed,
+    ).rows.assign(part="elsewhere")  # fmt: skip
+    return replace(found, rows=pd.concat([found.rows, beside], ignore_index=True))
+
+
+def tuning_score(model: Model, split: FactSplit) -> dict[str, float]:
+    """What the tuner looks at: facts that no result is scored on, asked as they were trained.
+
+    score = P(wrong answer) - P(true answer) on the shown and dev facts to forget + P(true answer) on watched retained
+    facts, each among candidates; between -1 and 2. Damage needs no term: every edit ends within the same budget.
+    """
+    scores = mean_of(model, (*split.forget_shown, *split.attack_dev))
+    kept = mean_of(model, set_aside(split.retain_train, split.forget)[0])
+    parts = {"forget": scores["p_true"], "edit": scores["p_new"], "maintain": kept["p_true"]}
+    return parts | {"score": parts["edit"] - parts["forget"] + parts["maintain"]}
+
+
+def mean_of(model: Model, facts: Sequence[Fact], **options: Any) -> dict[str, float]:
+    """Means over facts of p_true and p_new, see `score_facts`."""
+    scores = score_facts(model, facts, **options)
+    return {name: float(scores[name].to_numpy().mean()) for name in ("p_true", "p_new")}

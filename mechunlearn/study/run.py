@@ -1,0 +1,265 @@
+"""The whole study: locate, tune, edit and attack every arm of every preset; what is done is never done again."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mechunlearn.experiment import process_pool
+from mechunlearn.files import whole_file
+from mechunlearn.registry import did_you_mean
+from mechunlearn.study.arms import ARMS, DRAWN, LOOKUP, NONLOCALIZED, Arm, arm_named, n_matched, ranked_components
+from mechunlearn.study.deals import dealt
+from mechunlearn.study.jobs import Job, Level, Outcome, carry_out, is_done
+from mechunlearn.study.settings import ModelSettings, StudySettings
+
+Located = Mapping[str, Sequence[Sequence[str]]]
+"""Arm (with "#k" for the k-th draw) -> the components of each block, best first."""
+Progress = Callable[[str, float, float], None]
+DEVELOPMENT = 1000  # added to the seed: the deal that editors are tuned on
+CONTROLS: Mapping[str, Mapping[str, Any]] = {
+    "lora": {"steps": 60, "batch_size": 24, "learning_rate": 6e-3},
+}
+"""Positive controls and their options: attacks that bring these back can show that something is hidden."""
+KEEP_WEIGHTS = (5.0, 1.25, 2.5, 10.0)
+"""What the tuner tries where there is no learning rate."""
+COPIED = ("random-mlps#0", NONLOCALIZED)
+"""Arms that are run a second time with fact lookup's options, as the paper tuned some arms and copied to others."""
+LEVELS: tuple[Level, ...] = ("quick", "standard")
+SECONDS: Mapping[Level, float] = {"tune": 9.0, "quick": 25.0, "standard": 75.0}
+"""Of one job on one core, before any has been measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One arm under one seed: its job on the model and on its null."""
+
+    preset: str
+    arm: str
+    seed: int
+    level: Level
+    edited: Job
+    null: Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One preset with everything that was found out before its arms are run."""
+
+    study: StudySettings
+    model: ModelSettings
+    arms: tuple[Arm, ...]
+    home: Path
+
+    @property
+    def names(self) -> list[str]:
+        """The arms' names, drawn ones once a draw."""
+        drawn = {arm.name: [f"{arm.name}#{k}" for k in range(self.study.draws)] for arm in self.arms}
+        drawn |= {"random": ["random#0"]}
+        return [name for arm in self.arms for name in (drawn[arm.name] if arm.name in DRAWN else [arm.name])]
+
+    @property
+    def seeds(self) -> range:
+        """The seeds that results are from."""
+        return range(self.study.seed, self.study.seed + self.study.seeds)
+
+    def located(self, seed: int) -> Located:
+        """What `locate` wrote."""
+        return json.loads(_located_path(self, seed).read_text(encoding="utf-8"))["arms"]
+
+    def options(self, arm: Arm, options: Mapping[str, Any]) -> dict[str, Any]:
+        """An editor's options for one block."""
+        task = self.model.tasks[self.study.task]
+        if arm.editor == "lookup_erasure":
+            return {"max_damage": task.max_damage / self.study.blocks, **options}
+        return {
+            "steps": task.steps, "batch_size": task.batch_size, "accumulation": task.accumulation,
+            "max_damage": task.max_damage / self.study.blocks, "rank": task.rank.get(arm.name), **options,
+        }  # fmt: skip
+
+    def n_entries(self, seed: int) -> int:
+        """What a matched arm edits."""
+        return json.loads(_located_path(self, seed).read_text(encoding="utf-8"))["n_matched"]
+
+    def job(self, name: str, seed: int, options: Mapping[str, Any], **more: Any) -> Job:
+        """The job of an arm (or a draw of it)."""
+        arm = arm_named(name)
+        return Job(
+            study=self.study, model=self.model, seed=seed, blocks=tuple(map(tuple, self.located(seed)[name])),
+            n_entries=self.n_entries(seed) if arm.matched else None, options=self.options(arm, options),
+            editor=arm.editor, **more,
+        )  # fmt: skip
+
+
+def _located_path(part: Part, seed: int) -> Path:
+    study = part.study
+    data = [study.task, study.n, study.blocks, study.draws, study.published_components, part.names, part.model.name]
+    digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:8]
+    return part.home / "located" / f"{study.name}-{digest}-{seed}.json"
+
+
+def locate(part: Part, seed: int) -> str:
+    """Rank the components of every arm under one seed and write them down; block by block, on the unedited model."""
+    path = _located_path(part, seed)
+    if not path.is_file():
+        task = part.model.tasks[part.study.task]
+        deal = dealt(part.study.model_dump_json(), part.model.model_dump_json(), seed)
+        arms = {
+            name: [
+                ranked_components(
+                    deal.model, split, arm_named(name), task, seed=seed, draw=int(name.partition("#")[2] or 0),
+                    published=part.study.published_components,
+                )
+                for split in deal.blocks
+            ]
+            for name in part.names
+        }  # fmt: skip
+        found = {"n_matched": n_matched(deal.model, task), "arms": arms}
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def trials(part: Part) -> dict[str, list[tuple[dict[str, Any], Job]]]:
+    """Of every arm the options that the tuner tries, the same for all, and their jobs on the development deal."""
+    seed = part.study.seed + DEVELOPMENT
+    task = part.model.tasks[part.study.task]
+    tried: dict[str, list[tuple[dict[str, Any], Job]]] = {}
+    for arm in part.arms:
+        name = f"{arm.name}#0" if arm.name in DRAWN else arm.name
+        listed = [{"learning_rate": rate, "inject_weight": weight} for rate, weight in task.trials]
+        if arm.editor == "lookup_erasure":  # as many trials as the others have
+            listed = [{"keep_weight": KEEP_WEIGHTS[i % len(KEEP_WEIGHTS)]} for i in range(len(task.trials))]
+        tried[arm.name] = [(options, part.job(name, seed, options, level="tune")) for options in listed]
+    return tried
+
+
+def tuned(part: Part) -> dict[str, dict[str, Any]]:
+    """Of every arm the options with the best score; the first of equals."""
+    best: dict[str, dict[str, Any]] = {}
+    for arm, tried in trials(part).items():
+        scores = [Outcome.load(part.home / job.digest).record["score"]["score"] for _, job in tried]
+        best[arm] = tried[scores.index(max(scores))][0]
+    return best
+
+
+def lines(part: Part, best: Mapping[str, Mapping[str, Any]]) -> list[Line]:
+    """Every arm under every seed: the unedited model, the positive controls, and the edits."""
+    study = part.study
+    null = "twin" if part.model.twin else "made-up"
+    found: list[Line] = []
+
+    def add(name: str, seed: int, level: Level, job: Job) -> None:
+        other = Job(**{**job.__dict__, "on": null})
+        found.append(Line(preset=study.name, arm=name, seed=seed, level=level, edited=job, null=other))
+
+    for seed in part.seeds:
+        for level in LEVELS:
+            plain = Job(study=study, model=part.model, seed=seed, level=level)
+            if level == "quick" or seed == study.seed:
+                add("original", seed, level, plain)
+            if seed == study.seed:
+                for kind, options in CONTROLS.items():
+                    add(
+                        f"suppressed-{kind}",
+                        seed,
+                        level,
+                        Job(**{**plain.__dict__, "suppression": kind, "options": options}),
+                    )
+        for name in part.names:
+            arm = arm_named(name)
+            add(name, seed, "quick", part.job(name, seed, best[arm.name]))
+            if arm.standard and name.partition("#")[2] in ("", "0"):
+                add(name, seed, "standard", part.job(name, seed, best[arm.name], level="standard"))
+        for name in COPIED:
+            if arm_named(name) in part.arms and study.blocks == 1:
+                add(f"{arm_named(name).name}, tuned as {LOOKUP}", seed, "quick", part.job(name, seed, best[LOOKUP]))
+        if study.blocks == 1:
+            add(f"{LOOKUP}, false labels", seed, "quick", part.job(LOOKUP, seed, best[LOOKUP], false_labels=True))
+    return found
+
+
+def parts_of(presets: Iterable[tuple[StudySettings, ModelSettings]], home: Path) -> list[Part]:
+    """The presets, ready to run in one folder.
+
+    Raises:
+        ValueError: an unknown arm, or arms without fact lookup, which the others are compared with.
+    """
+    parts: list[Part] = []
+    for study, model in presets:
+        names = study.arms or [arm.name for arm in ARMS]
+        for name in names:
+            if name not in (known := [arm.name for arm in ARMS]):
+                raise ValueError(f"study {study.name}: unknown arm {name!r}.{did_you_mean(name, known)}")
+        if LOOKUP not in names:
+            raise ValueError(f"study {study.name}: got arms {', '.join(names)}, which need {LOOKUP} to compare with")
+        parts.append(Part(study=study, model=model, arms=tuple(a for a in ARMS if a.name in names), home=home / "jobs"))
+    return parts
+
+
+def run_study(
+    parts: Sequence[Part], *, workers: int, on_progress: Progress = lambda text, done, total: None
+) -> list[Line]:
+    """Run what is not done yet, and return every line; a run that was killed goes on where it stopped.
+
+    Raises:
+        ValueError: settings that cannot be carried out.
+    """
+    with process_pool(workers) as pool:
+        places = [(part, seed) for part in parts for seed in (*part.seeds, part.study.seed + DEVELOPMENT)]
+        _each(pool, locate, [place for place in places if not _located_path(*place).is_file()], "locating", on_progress)
+        home = parts[0].home
+        tuning = [job for part in parts for tried in trials(part).values() for _, job in tried]
+        _carry_out(pool, tuning, home, "tuning", on_progress)
+        found = [line for part in parts for line in lines(part, tuned(part))]
+        jobs = sorted((job for line in found for job in (line.edited, line.null)), key=lambda job: job.level != "quick")
+        _carry_out(pool, jobs, home, "editing and attacking", on_progress)
+    return found
+
+
+def _carry_out(pool: Executor | None, jobs: Sequence[Job], home: Path, what: str, on_progress: Progress) -> None:
+    """Each job once, whoever asks for it."""
+    todo = {job.digest: job for job in jobs if not is_done(job, home)}
+    _each(pool, carry_out, [(job, home) for job in todo.values()], what, on_progress)
+
+
+def _each(
+    pool: Executor | None,
+    function: Callable[..., str],
+    arguments: Sequence[tuple[Any, ...]],
+    what: str,
+    on_progress: Progress,
+) -> None:
+    """Call the function on all arguments, in the pool if there is one."""
+    on_progress(what, 0, len(arguments))
+    if pool is None:
+        for i, given in enumerate(arguments):
+            function(*given)
+            on_progress(what, i + 1, len(arguments))
+        return
+    for i, done in enumerate(as_completed([pool.submit(function, *given) for given in arguments])):
+        done.result()
+        on_progress(what, i + 1, len(arguments))
+
+
+def estimate(parts: Sequence[Part], *, workers: int) -> dict[str, float]:
+    """Hours that are left, by stage, counted in jobs; arms that turn out to edit the same make it fewer."""
+    home = parts[0].home
+    measured = {level: _mean_seconds(home, level) for level in SECONDS}
+    n: dict[Level, int] = {"tune": 0, "quick": 0, "standard": 0}
+    for part in parts:
+        n_seeds, names = len(part.seeds), len(part.names)
+        n["tune"] += len(part.arms) * len(part.model.tasks[part.study.task].trials)
+        n["quick"] += 2 * (n_seeds * (names + 1) + len(CONTROLS))
+        n["standard"] += 2 * (n_seeds * sum(arm.standard for arm in part.arms) + 1 + len(CONTROLS))
+    return {level: n[level] * measured[level] / workers / 3600 for level in n}
+
+
+def _mean_seconds(home: Path, level: Level) -> float:
+    """Of the jobs that are done, or else the usual ones."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in home.glob("*/record.json")]
+    seconds = [record["seconds"] for record in records if record["level"] == level]
+    return sum(seconds) / len(seconds) if seconds else SECONDS[level]

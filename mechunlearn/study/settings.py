@@ -1,0 +1,158 @@
+"""What the study runs: a preset (task and size) on a model, whose own file says what suits its size."""
+
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from mechunlearn.attack import ATTACKS
+from mechunlearn.components import Component
+from mechunlearn.registry import did_you_mean
+from mechunlearn.settings import FactsSettings, Options, Strict, check
+
+TaskName = Literal["athletes", "sport", "counterfact"]
+Trial = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
+"""[learning rate, weight of the edit's own term]."""
+
+
+class NSettings(Strict):
+    """What another number of facts to forget asks for, in place of the task's own."""
+
+    n_mlps: Annotated[int, Field(ge=1)] | None = None
+    start: dict[str, Trial] | None = None
+    components: dict[str, list[str]] | None = None
+
+
+class TaskSettings(Strict):
+    """How one kind of task is done on one model."""
+
+    facts: FactsSettings
+    target: str | None = None
+    """The wrong answer for all facts; None: one drawn for each."""
+    n_mlps: Annotated[int, Field(ge=1)]
+    """MLPs that fact lookup may edit; every arm that is matched to it edits exactly as many entries."""
+    steps: Annotated[int, Field(ge=1)] = 50
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    accumulation: Annotated[int, Field(ge=1)] = 1
+    """Batches a step."""
+    max_damage: Annotated[float, Field(gt=0)] = 0.05
+    """KL(original || edited) on retained prompts, nats a token: every edit ends there at the latest."""
+    trials: Annotated[list[Trial], Field(min_length=1)]
+    """What the tuner tries, the same for every arm."""
+    start: dict[str, Trial] = Field(default_factory=dict)
+    """Arm -> the values published for it: where a search of one's own may begin. They are among `trials`."""
+    components: dict[str, list[str]] = Field(default_factory=dict)
+    """Arm -> the components published for it: used with `published_components`."""
+    rank: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Arm -> rank of its updates inside the mask, where training all entries would not fit on one card."""
+    by_n: dict[Annotated[str, Field(pattern=r"^[0-9]+$")], NSettings] = Field(default_factory=dict)
+    """Number of facts -> what was published for so many; `load_study` puts it in place."""
+
+    @model_validator(mode="after")
+    def _known_components(self) -> "TaskSettings":
+        for arms in (self.components, *(other.components or {} for other in self.by_n.values())):
+            for name in (name for names in arms.values() for name in names):
+                Component.parse(name)
+        return self
+
+    def at(self, n: int | None) -> "TaskSettings":
+        """The task for so many facts to forget."""
+        other = self.by_n.get(str(n))
+        return self if other is None else self.model_copy(update=other.model_dump(exclude_none=True))
+
+
+class ModelSettings(Strict):
+    """A model of the study: what to load, and what suits its size."""
+
+    name: str
+    model: str
+    """What `load_model` takes: a bundled organism, a folder, a hub name."""
+    twin: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    config: str | None = None
+    """File beside this one with the Hugging Face configuration, for a dry run without the hub."""
+    tasks: dict[TaskName, TaskSettings]
+    quick: dict[str, Options]
+    """Attacks on every arm."""
+    standard: dict[str, Options]
+    """Attacks on the localized, the random-MLP and the non-localized arm."""
+
+    @field_validator("quick", "standard")
+    @classmethod
+    def _known_attacks(cls, value: dict[str, Options]) -> dict[str, Options]:
+        for name, options in value.items():
+            ATTACKS.get(name).validate(options)
+        return value
+
+
+class StudySettings(Strict):
+    """One preset of the study."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    task: TaskName
+    n: Annotated[int, Field(ge=4)] | None = None
+    """Facts to forget, drawn anew under every seed; None: all of them."""
+    blocks: Annotated[int, Field(ge=1)] = 1
+    """Parts that are forgotten one after another, each located anew."""
+    model: str = "atlas"
+    """Which model's file: the line to change."""
+    seed: int = 0
+    seeds: Annotated[int, Field(ge=1)] = 5
+    draws: Annotated[int, Field(ge=1)] = 2
+    """Draws of random MLPs under every seed."""
+    arms: list[str] = Field(default_factory=list)
+    """Names of the arms to run; none: all of them."""
+    published_components: bool = False
+    """Edit what was published for an arm in place of what is found here, where there is anything."""
+    device: str = "auto"
+    workers: Annotated[int, Field(ge=1)] = 2
+
+
+def study_presets() -> tuple[str, ...]:
+    """Names of the presets of the study."""
+    return _names("study")
+
+
+def study_models() -> tuple[str, ...]:
+    """Names of the models that have a file."""
+    return _names("models")
+
+
+def load_study(name_or_path: str | Path, **changes: Any) -> tuple[StudySettings, ModelSettings]:
+    """Read a preset and its model's file, each by name or by path; a change that is None is none.
+
+    The model's task is the one for the preset's number of facts, its `config` a path from here.
+
+    Raises:
+        FileNotFoundError: neither a preset nor a file.
+        ValueError: broken syntax, an unknown key, a value out of range, or a model without this task.
+    """
+    path, data = _read(name_or_path, "study")
+    given = {"name": path.stem, **data} | {key: value for key, value in changes.items() if value is not None}
+    study = check(StudySettings, given, str(path))
+    where, about = _read(study.model, "models")
+    model = check(ModelSettings, {"name": where.stem, **about}, str(where))
+    if study.task not in model.tasks:
+        raise ValueError(f"{where}: got no task '{study.task}', allowed for {model.name}: {', '.join(model.tasks)}")
+    tasks = model.tasks | {study.task: model.tasks[study.task].at(study.n)}
+    config = model.config and str(where.parent / model.config)
+    return study, model.model_copy(update={"tasks": tasks, "config": config})
+
+
+def _names(folder: str) -> tuple[str, ...]:
+    home = files("mechunlearn.presets") / folder
+    return tuple(sorted(Path(str(p)).stem for p in home.iterdir() if str(p).endswith(".toml")))
+
+
+def _read(name_or_path: str | Path, folder: str) -> tuple[Path, dict[str, Any]]:
+    names, path = _names(folder), Path(name_or_path)
+    if str(name_or_path) in names:
+        path = Path(str(files("mechunlearn.presets"))) / folder / f"{name_or_path}.toml"
+    elif not path.is_file():
+        raise FileNotFoundError(f"no preset or file {str(name_or_path)!r}.{did_you_mean(str(name_or_path), names)}")
+    try:
+        return path, tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from None

@@ -1,0 +1,58 @@
+"""The study as the command line offers it: presets in, tables and figures out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from mechunlearn.files import replaceable, whole_folder
+from mechunlearn.report.study import arms_figure, claims_figure
+from mechunlearn.study.claims import beside_published, claim_table
+from mechunlearn.study.run import Part, Progress, estimate, parts_of, run_study
+from mechunlearn.study.settings import load_study, study_presets
+from mechunlearn.study.tables import StudyTables, study_tables
+
+QUICK = "quick"
+
+
+def chosen_parts(
+    presets: Sequence[str], out: Path, *, model: str | None, seeds: int | None, device: str, workers: int
+) -> list[Part]:
+    """The presets to run, all but the quick one where none is named.
+
+    Raises:
+        FileNotFoundError: an unknown preset or model.
+        ValueError: settings that do not fit.
+    """
+    names = list(presets) or [name for name in study_presets() if name != QUICK]
+    loaded = [load_study(name, model=model, seeds=seeds, device=device, workers=workers) for name in names]
+    return parts_of(loaded, out)
+
+
+def planned(parts: Sequence[Part], *, workers: int) -> pd.DataFrame:
+    """What the whole study would take from its beginning, in hours, by kind of job."""
+    hours = estimate(parts, workers=workers)
+    rows = [*hours.items(), ("all", sum(hours.values()))]
+    return pd.DataFrame(rows, columns=pd.Index(["jobs", "hours"]))
+
+
+def run(parts: Sequence[Part], out: Path, *, workers: int, on_progress: Progress) -> StudyTables:
+    """Run what is not done, then write the tables and figures."""
+    replaceable(out / "tables")
+    run_study(parts, workers=workers, on_progress=on_progress)
+    return write_tables(parts, out)
+
+
+def write_tables(parts: Sequence[Part], out: Path) -> StudyTables:
+    """Write out/tables: csv files and figures of the presets that are finished."""
+    replaceable(out / "tables")
+    tables = study_tables(parts)
+    claims = claim_table(tables)
+    with whole_folder(out / "tables") as folder:
+        tables.save(folder)
+        claims.to_csv(folder / "claims.csv", index=False)
+        beside_published(tables).to_csv(folder / "published.csv", index=False, float_format="%.4f")
+        for preset in dict.fromkeys(tables.arms["preset"]):
+            arms_figure(tables, preset).write_html(folder / f"{preset}.html")
+        claims_figure(claims).write_html(folder / "claims.html")
+    return tables

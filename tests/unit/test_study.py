@@ -1,0 +1,185 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from mechunlearn.facts import with_edit_targets
+from mechunlearn.study import jobs
+from mechunlearn.study.arms import ARMS, DRAWN, LOOKUP, arm_named, n_matched, probed_facts, ranked_components
+from mechunlearn.study.claims import CLAIMS, DOES_NOT, HOLDS, OPEN, claim_table, published
+from mechunlearn.study.jobs import Job, carry_out, exact_mask, is_done, with_false_labels
+from mechunlearn.study.run import parts_of
+from mechunlearn.study.settings import load_study, study_models, study_presets
+from mechunlearn.study.tables import StudyTables, arm_table, difference_table
+
+
+@pytest.fixture
+def split(tiny_split):
+    parts = ("forget_shown", "forget_hidden", "attack_dev")
+    return replace(tiny_split, **{part: with_edit_targets(getattr(tiny_split, part)) for part in parts})
+
+
+@pytest.mark.parametrize("preset", study_presets())
+def test_every_preset_validates_on_its_model(preset):
+    study, model = load_study(preset)
+    assert study.task in model.tasks
+    assert parts_of([(study, model)], Path())[0].names
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"model": "gema-7b"},
+            "Did you mean 'gemma-7b'" if "gemma-7b" in study_models() else "no preset or file 'gema-7b'",
+        ),
+        ({"seeds": 0}, "key 'seeds': got 0"),
+        ({"task": "sprots"}, "key 'task'"),
+        ({"n_seeds": 3}, "unknown key 'n_seeds'"),
+    ],
+)
+def test_a_mistake_in_a_preset_is_one_line(changes, says):
+    with pytest.raises((ValueError, FileNotFoundError), match=says) as error:
+        load_study("sports-athletes-16", **changes)
+    assert "\n" not in str(error.value)
+
+
+def test_arms_without_fact_lookup_or_unknown_ones_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="need lookup-probe"):
+        parts_of([load_study("quick", arms=["random-mlps"])], tmp_path)
+    with pytest.raises(ValueError, match=r"unknown arm 'lookup_probe'\. Did you mean 'lookup-probe'"):
+        parts_of([load_study("quick", arms=["lookup_probe"])], tmp_path)
+
+
+@pytest.mark.parametrize("name", [arm.name for arm in ARMS])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_matched_arms_edit_exactly_as_many_entries_as_fact_lookup(name, architecture, tiny_model, split):
+    model, arm = tiny_model(architecture), arm_named(name)
+    task = load_study("quick")[1].tasks["athletes"].model_copy(update={"n_mlps": 2})
+    components = ranked_components(model, split, arm, task, seed=0)
+    mask = exact_mask(model, components, n_matched(model, task) if arm.matched else None)
+    if arm.matched:
+        assert mask.n_selected == n_matched(model, task)
+    else:
+        assert mask.n_selected > n_matched(model, task)
+    sublayer = {"neuron": "mlp", "head": "attention"}  # of a component that was cut
+    assert all(sublayer.get(c.kind, c.kind) in arm.kinds for c in mask.components)
+
+
+def test_draws_are_drawn_anew_and_again(tiny_model, split):
+    model, arm = tiny_model(), arm_named("random-mlps#3")
+    task = load_study("quick")[1].tasks["athletes"].model_copy(update={"n_mlps": 1})
+    found = [ranked_components(model, split, arm, task, seed=s, draw=d) for s in range(4) for d in range(4)]
+    assert len(set(found)) > 1
+    assert found[5] == ranked_components(model, split, arm, task, seed=1, draw=1)
+    assert {arm_named(name).name for name in DRAWN} == set(DRAWN)
+
+
+def test_the_probe_sees_no_answer_of_few_subjects(split):
+    facts = probed_facts(split)
+    relations = {fact.relation for fact in split.forget}
+    assert {fact.relation for fact in facts} <= relations
+    assert not set(facts) & {*split.retain_test, *split.same_subject}
+
+
+def test_false_labels_reach_all_that_an_attacker_trains_on_and_no_hidden_fact(split):
+    false = with_false_labels(split, 0)
+    assert false.forget_hidden == split.forget_hidden
+    for part in ("forget_shown", "attack_dev", "retain_train"):
+        before, after = getattr(split, part), getattr(false, part)
+        assert [f.subject for f in before] == [f.subject for f in after]
+        assert all(a.target_true != b.target_true for a, b in zip(before, after, strict=True))
+    shown = zip(split.forget_shown, false.forget_shown, strict=True)
+    assert all(after.target_true == before.target_new for before, after in shown)
+
+
+def test_jobs_differ_where_results_do_and_nowhere_else():
+    study, model = load_study("sports-athletes-16")
+    job = Job(study=study, model=model, seed=0, blocks=(("m1", "m2"),), options={"steps": 3})
+    assert job.digest == replace(job, study=study.model_copy(update={"name": "other", "seeds": 9})).digest
+    changes = ({"seed": 1}, {"on": "twin"}, {"level": "standard"}, {"blocks": (("m1",),)}, {"options": {}},
+               {"n_entries": 5},
+               {"editor": "forget"}, {"false_labels": True}, {"suppression": "lora"})  # fmt: skip
+    assert len({job.digest, *(replace(job, **change).digest for change in changes)}) == 1 + len(changes)
+
+
+def test_a_job_that_is_done_is_not_done_again(tmp_path, monkeypatch):
+    study, model = load_study("quick")
+    job = Job(study=study, model=model, seed=0)
+    (tmp_path / job.digest).mkdir()
+    (tmp_path / job.digest / "record.json").write_text("{}")
+    monkeypatch.setattr(jobs, "dealt", lambda *_: pytest.fail("it was done again"))
+    assert is_done(job, tmp_path)
+    assert carry_out(job, tmp_path) == job.digest
+
+
+def long_rows(values: dict[str, list[float]], measure: str = "multiple choice, edit") -> pd.DataFrame:
+    """Five seeds of other facts each: arm -> one value a fact."""
+    rows = [
+        ("p", arm, seed, "quick", f"{seed}-{i}", measure, value)
+        for arm, given in values.items()
+        for seed in range(5)
+        for i, value in enumerate(given)
+    ]
+    return pd.DataFrame(rows, columns=pd.Index(["preset", "arm", "seed", "level", "fact", "measure", "value"]))
+
+
+def test_differences_are_paired_by_fact_and_mean_over_seeds():
+    rows = long_rows({LOOKUP: [0.9, 0.5, 0.7, 0.8], "random": [0.4, 0.3, 0.2, 0.1], "all-mlps": [0.9, 0.5, 0.7, 0.8]})
+    found = difference_table(rows).set_index("arm")
+    assert found.loc["random", "difference"] == pytest.approx((0.5 + 0.2 + 0.5 + 0.7) / 4)
+    assert found.loc["random", "lower"] > 0
+    assert found.loc["random", "p_holm"] < 0.01
+    assert found.loc["all-mlps", "same"]
+    assert not found.loc["random", "same"]
+    arms = arm_table(rows).set_index("arm")
+    assert arms.loc[LOOKUP, "mean"] == pytest.approx(0.725)
+    assert (arms["n_seeds"] == 5).all()
+
+
+def claims_of(rows: pd.DataFrame) -> pd.DataFrame:
+    empty = pd.DataFrame()
+    tables = StudyTables(
+        arms=arm_table(rows),
+        differences=difference_table(rows),
+        verdicts=empty,
+        tuning=empty,
+        components=empty,
+        draws=empty,
+    )
+    return claim_table(tables).set_index(["claim", "against"])
+
+
+def test_a_claim_holds_fails_or_stays_open():
+    good, bad, noisy = [0.9, 0.8, 0.85, 0.95], [0.2, 0.1, 0.15, 0.3], [0.95, 0.75, 0.9, 0.9]
+    found = claims_of(long_rows({LOOKUP: good, "random": bad, "all-mlps": noisy, "nonlocalized": good}))
+    words = found.loc["format generalization", "word"]
+    assert words["random"] == HOLDS
+    assert words["all-mlps"] == OPEN
+    assert words["nonlocalized"] == OPEN
+    assert "same edit" in found.loc[("format generalization", "nonlocalized"), "why"]
+    worse = claims_of(long_rows({LOOKUP: bad, "random": good}))
+    assert worse.loc[("format generalization", "random"), "word"] == DOES_NOT
+
+
+def test_an_unhealthy_attack_decides_no_claim():
+    values = {LOOKUP: [0.1, 0.1, 0.2, 0.1], "random": [0.8, 0.7, 0.9, 0.8]}
+    rows = long_rows(values, "relearning, excess")
+    healthy = long_rows({arm: [1.0] for arm in values}, "relearning, healthy").assign(fact="")
+    assert claims_of(pd.concat([rows, healthy])).loc[("relearning resistance", "random"), "word"] == HOLDS
+    healthy.loc[0, "value"] = 0.0
+    assert claims_of(pd.concat([rows, healthy])).loc[("relearning resistance", "random"), "word"] == OPEN
+
+
+def test_published_numbers_are_of_known_arms_and_probabilities():
+    table = published()
+    assert set(table["arm"]) <= {"lookup", *(arm.name for arm in ARMS)}
+    assert table["value"].between(0, 1).all()
+    assert not table.duplicated(["task", "arm", "measure"]).any()
+    assert {claim.name for claim in CLAIMS} == {
+        "format generalization", "relearning resistance", "latent knowledge disruption", "fewer side effects",
+    }  # fmt: skip
+    of = table.set_index(["task", "arm", "measure"])["value"]
+    assert of["athletes", "lookup", "multiple choice, edit"] == 0.862
+    assert of["counterfact", "random-mlps", "multiple choice, edit"] == 0.236
