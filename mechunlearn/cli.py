@@ -1,4 +1,4 @@
-"""The command line: a command a verb, plus edges, run, plan, list, organism, bench, study. Imports are in commands."""
+"""The command line: a command a verb, plus edges, undo, run, plan, list, organism, bench, study; each imports late."""
 
 import contextlib
 import sys
@@ -159,6 +159,10 @@ def edit(
         str | None, typer.Option("--components", help="Instead of scores: m2,m3 or a5.h1,...")
     ] = None,
     budget: Annotated[float, typer.Option("--budget", help="Share of MLP and attention parameters to edit.")] = 0.2,
+    on: Annotated[
+        Path | None,
+        typer.Option("--on", help="Folder of an earlier `edit`: go on from there; --out gets all edits and drift.csv."),
+    ] = None,
     export: Annotated[bool, typer.Option("--export", help="Also write the edited model as a checkpoint.")] = False,
     device: Annotated[str, typer.Option("--device")] = "auto",
     set_: SetOption = None,
@@ -166,12 +170,30 @@ def edit(
     """Change the selected weights only; writes the edit, and with --export a plain Hugging Face checkpoint."""
     from mechunlearn import stages
 
-    table = stages.edit(
+    table, drift = stages.edit(
         model, stages.chosen(facts, forgotten), method or "", _pairs(set_), scores=scores, components=components,
-        budget=budget, export=export, device=device, out=out,
+        budget=budget, export=export, device=device, out=out, on=on,
     )  # fmt: skip
     _print_frame(table, title=f"{method}: before and after; p_true is among the candidates without the injected answer")
-    console.print(f"edit: {escape(str(out / 'edit.safetensors'))}")
+    if drift is None:
+        console.print(f"edit: {escape(str(out / 'edit.safetensors'))}")
+        return
+    shown = ["step", "block", "forgotten", "p_true", "accuracy", "retained_accuracy", "kl_retained", "perplexity_ratio"]
+    _print_frame(drift[shown], title="After each edit: the facts of every block, and what was to stay")
+    console.print(f"edits and drift.csv: {escape(str(out))}", soft_wrap=True)
+
+
+@app.command()
+def undo(
+    folder: Annotated[Path, typer.Argument(help="A folder of several edits, written by `edit --on`.")],
+    out: OutOption,
+    keep: Annotated[int, typer.Option("--keep", help="How many of the edits stay, the first ones.")],
+) -> None:
+    """Take back the last of several edits; writes the ones that stay, for `edit --on` and `attack --edit`."""
+    from mechunlearn import stages
+
+    undone = stages.undo(folder, keep=keep, out=out)
+    console.print(f"{undone} edits undone, {keep} left: {escape(str(out))}", soft_wrap=True)
 
 
 @app.command()
@@ -187,7 +209,7 @@ def attack(
         str | None, typer.Option("--original", help="What the model was made of: judge it, with controls and a report.")
     ] = None,
     twin: TwinOption = None,
-    edited: Annotated[Path | None, typer.Option("--edit", help="Folder of a saved edit, applied first.")] = None,
+    edited: Annotated[Path | None, typer.Option("--edit", help="Folder that `edit` wrote, applied first.")] = None,
     device: Annotated[str, typer.Option("--device")] = "auto",
     set_: SetOption = None,
 ) -> None:

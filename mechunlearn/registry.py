@@ -157,8 +157,8 @@ class Registry:
                 self._import_all()
             if name in self._methods:
                 return self._methods[name].function
-            if module := sys.modules.get(f"{self.package}.{name}"):  # a file beside the methods, imported on the way
-                return module
+            if module := sys.modules.get(f"{self.package}.{name}"):  # a file beside the methods, or its function
+                return vars(sys.modules[str(self.package)]).get(name, module)
         raise AttributeError(f"module {self.package!r} has no attribute {name!r}")
 
     def _import(self, name: str) -> None:

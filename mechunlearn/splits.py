@@ -17,7 +17,7 @@ FORMAT = "mechunlearn splits 1"
 _PARTS = ("forget_shown", "forget_hidden", "attack_dev", "retain_train", "retain_test", "same_subject")
 
 
-def after(split: FactSplit, earlier: Sequence[FactSplit]) -> FactSplit:
+def split_after(split: FactSplit, earlier: Sequence[FactSplit]) -> FactSplit:
     """The split of an edit on top of earlier ones: it retains what all of them keep, and scores what none trained on.
 
     What an earlier edit forgot is retained no longer, for an editor that trained on its true answers would bring it
@@ -45,10 +45,10 @@ def after(split: FactSplit, earlier: Sequence[FactSplit]) -> FactSplit:
 
 
 def in_sequence(splits: Sequence[FactSplit]) -> tuple[FactSplit, ...]:
-    """The splits as edits made in this order need them: each `after` those before it."""
+    """The splits as edits made in this order need them: each `split_after` those before it."""
     ordered: list[FactSplit] = []
     for split in splits:
-        ordered.append(after(split, ordered))
+        ordered.append(split_after(split, ordered))
     return tuple(ordered)
 
 

@@ -30,10 +30,13 @@ from mechunlearn.checkpoints import DType, bundled_models, choose_device, load_m
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.controls import SUPPRESSIONS
 from mechunlearn.edit import EDITORS
-from mechunlearn.edit.edits import applied, export_edit, load_edit, save_edit
-from mechunlearn.evaluate import evaluate, take_baseline
+from mechunlearn.edit.edits import applied, save_edit
+from mechunlearn.edit.stack import EditStack
+from mechunlearn.edit.stack_files import load_stack, write_stack
+from mechunlearn.evaluate import drift, evaluate, take_baseline
 from mechunlearn.experiment import Stage, prepare, process_pool
 from mechunlearn.experiment import localize as run_localizer
+from mechunlearn.facts import FactSplit
 from mechunlearn.files import replaceable, whole_folder
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.edges import EdgeScores, edge_attribution_patching
@@ -53,6 +56,7 @@ from mechunlearn.settings import DECIDING_ATTACKS, Settings, check_settings, pre
 from mechunlearn.sources import SOURCES
 from mechunlearn.sources.bundled import BUNDLED, load_templates
 from mechunlearn.sources.loading import load_facts
+from mechunlearn.splits import load_splits, save_splits, split_after
 
 CHECKPOINT_ATTACKS: Mapping[str, Mapping[str, Any]] = {
     "relearning": {
@@ -137,28 +141,74 @@ def edit(
     export: bool,
     device: str,
     out: Path,
-) -> pd.DataFrame:
-    """Edit the selected components; writes the edit and, if asked, a checkpoint; returns before and after."""
+    on: Path | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    """Edit the selected components; writes the edit, its splits.json and, if asked, a checkpoint.
+
+    Args:
+        on: what an earlier `edit` wrote: the new edit is made on top, and `out` holds the stack of all and drift.csv.
+
+    Returns:
+        The model before and after this edit; and with `on` the drift over all edits.
+    """
     replaceable(out)
     if (scores is None) == (components is None):
         raise ValueError("edit: give either --scores (a file that `localize` wrote) or --components (such as m2,m3)")
+    earlier = load_stack(on) if on is not None else None
+    splits = _splits_beside(on) if on is not None else ()
     stage = _stage(model, facts, device=device, edit={method: dict(options)})
-    if components is not None:
-        mask = mask_of(stage.model, [Component.parse(name.strip()) for name in components.split(",")])
-    else:
-        mask = select_components(ComponentScores.load(scores or ""), stage.model, budget=budget)
-    made = EDITORS.get(method).function(stage.model, mask, stage.split, **stage.settings.options("edit", method))
-    baseline = take_baseline(stage.model, stage.split)
-    before = evaluate(stage.model, stage.split, original=baseline, drop_targets=True).table()
-    with applied(stage.model, made):
-        after = evaluate(stage.model, stage.split, original=baseline, drop_targets=True).table()
+    split = split_after(stage.split, splits)
+    stack = earlier if earlier is not None else EditStack.of(stage.model)
+    baseline = take_baseline(stage.model, split)
+    measure = partial(evaluate, stage.model, split, original=baseline, drop_targets=True)
+    with stack.applied(stage.model):
+        if components is not None:
+            mask = mask_of(stage.model, [Component.parse(name.strip()) for name in components.split(",")])
+        else:
+            mask = select_components(ComponentScores.load(scores or ""), stage.model, budget=budget)
+        before = measure().table()
+        made = EDITORS.get(method).function(stage.model, mask, split, **stage.settings.options("edit", method))
+        with applied(stage.model, made):
+            now = measure().table()
+    stack, splits = replace(stack, edits=(*stack.edits, made)), (*splits, split)
+    drifted = drift(stage.model, stack, splits, drop_targets=True) if on is not None else None
     with whole_folder(out) as folder:
-        save_edit(made, folder / "edit.safetensors")
-        after.to_csv(folder / "evaluation.csv", index=False)
+        if drifted is None:
+            save_edit(made, folder / "edit.safetensors")
+        else:
+            write_stack(stack, folder)
+            drifted.to_csv(folder / "drift.csv", index=False)
+        save_splits(splits, folder / "splits.json")
+        now.to_csv(folder / "evaluation.csv", index=False)
         if export:
-            export_edit(stage.model, made, folder / "checkpoint")
-    both = before.merge(after, on=["part", "form", "metric"], suffixes=(" before", " after"))
-    return both.loc[:, ["part", "form", "metric", "mean before", "mean after", "n after"]]
+            stack.export(stage.model, folder / "checkpoint")
+    both = before.merge(now, on=["part", "form", "metric"], suffixes=(" before", " after"))
+    return both.loc[:, ["part", "form", "metric", "mean before", "mean after", "n after"]], drifted
+
+
+def undo(folder: Path, *, keep: int, out: Path) -> int:
+    """Write the first `keep` edits of a stack that `edit --on` wrote into `out`; returns how many were undone."""
+    replaceable(out)
+    stack, splits = load_stack(folder), _splits_beside(folder)
+    if not 1 <= keep <= len(stack):
+        raise ValueError(f"undo: got --keep {keep}, allowed: 1 to {len(stack)}, the number of edits in {folder}")
+    found = folder / "drift.csv"
+    drifted = pd.read_csv(found, keep_default_na=False) if found.is_file() else None
+    with whole_folder(out) as partial_folder:
+        write_stack(stack.undo(len(stack) - keep), partial_folder)
+        save_splits(splits[:keep], partial_folder / "splits.json")
+        if drifted is not None:
+            rows = drifted.loc[(drifted["step"] <= keep) & (drifted["block"] <= keep)]
+            rows.to_csv(partial_folder / "drift.csv", index=False)
+    return len(stack) - keep
+
+
+def _splits_beside(path: Path) -> tuple[FactSplit, ...]:
+    """What the edits of a folder, or of a file in it, forgot and retained."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "splits.json").is_file():
+        raise FileNotFoundError(f"{folder} has no splits.json, which says what its edits forgot; make the edit anew")
+    return load_splits(folder / "splits.json")
 
 
 def checkpoint_settings(
@@ -203,7 +253,7 @@ def attack(
     device: str,
     out: Path,
 ) -> pd.DataFrame:
-    """Attack a model, edited if an edit is given; writes the attack's record and rows.
+    """Attack a model, edited if an edit or a stack of them is given; writes the attack's record and rows.
 
     As in a run, an edit's wrong answers are dropped from the candidates unless the options say otherwise.
     """
@@ -211,11 +261,13 @@ def attack(
     if twin is not None:
         raise ValueError("attack: got --twin without --original; a twin is for the verdict on a checkpoint")
     stage = _stage(model, facts, device=device, attack={method: {"drop_targets": edit_folder is not None, **options}})
-    with ExitStack() as stack:
+    split = stage.split
+    with ExitStack() as inside:
         if edit_folder is not None:
-            path = edit_folder / "edit.safetensors" if edit_folder.is_dir() else edit_folder
-            stack.enter_context(applied(stage.model, load_edit(path)))
-        result = ATTACKS.get(method).function(stage.model, stage.split, **stage.settings.options("attack", method))
+            inside.enter_context(load_stack(edit_folder).applied(stage.model))
+            if (edit_folder / "splits.json").is_file():  # what another edit of the stack forgot is nothing to retain
+                split = split_after(split, _splits_beside(edit_folder))
+        result = ATTACKS.get(method).function(stage.model, split, **stage.settings.options("attack", method))
     with whole_folder(out) as folder:
         result.save(folder / method)
     before, after = result.hidden_before(), result.hidden_scores()

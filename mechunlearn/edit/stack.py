@@ -95,7 +95,7 @@ class EditStack:
         Its mask is the union of the masks and its values are the last ones; its losses are those of all edits in turn.
         """
         mask = union_of(*(edit.mask for edit in self.edits))
-        keys = ("method", "options", "seed", "facts_sha256", "base_sha256")
+        keys = ("method", "options", "seed", "facts_sha256", "base_sha256", "notes")
         return WeightEdit(
             values={name: self._final(name, mask) for name in mask.entries},
             mask=mask,

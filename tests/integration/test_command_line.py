@@ -8,9 +8,11 @@ import sys
 import pandas as pd
 import pytest
 
-from mechunlearn.checkpoints import save_model
+from mechunlearn.checkpoints import load_model, save_model
 from mechunlearn.cli import _progress, main
+from mechunlearn.edit.stack_files import load_stack
 from mechunlearn.sources.bundled import load_bundled
+from mechunlearn.splits import load_splits
 
 BROKEN = {
     "no such model": ["run", "demo", "--model", "no/such/folder/here"],
@@ -32,6 +34,8 @@ BROKEN = {
     "organism nobody knows": ["organism", "train", "atlass"],
     "listing of nothing": ["list", "lokalizers"],
     "an edit and a checkpoint": ["attack", "--out", "out", "--original", "atlas", "--edit", "edited"],
+    "an edit on top of nothing": ["edit", "--out", "out", "--components", "m1", "--on", "./gone"],
+    "nothing undone": ["undo", "./gone", "--keep", "1", "--out", "out"],
     "twin without an original": ["attack", "--out", "out", "--twin", "atlas-never-a"],
     "checkpoint that is not there": ["attack", "--out", "out", "--model", "./gone", "--original", "atlas"],
     "checkpoint without word of what it forgot": ["attack", "--out", "out", "--original", "atlas", "--facts", "world"],
@@ -156,6 +160,44 @@ def test_ones_own_facts_are_localized_edited_and_attacked(tmp_path):
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "edited" / "checkpoint" / "model.safetensors").is_file()
     assert "hidden facts" in result.stdout
+
+
+def test_an_edit_on_an_edit_is_a_stack_that_is_attacked_and_undone(tmp_path):
+    facts = load_bundled("sports").facts[:80]
+    columns = ["subject", "relation", "prompt", "target_true"]
+    table = pd.DataFrame([[getattr(f, c) for c in columns] for f in facts], columns=columns)
+    table.to_csv(tmp_path / "mine.csv", index=False)
+    for name, rows in (("first", table[:20]), ("second", table[20:40])):
+        rows.to_csv(tmp_path / f"{name}.csv", index=False)
+    common, quick = ["--model", "atlas", "--facts", "mine.csv"], ["--set", "steps=2"]
+    first, second = (["--forgotten", f"{name}.csv"] for name in ("first", "second"))
+    for arguments in (
+        ["edit", *common, *first, *quick, "--components", "m1", "--out", "once"],
+        ["edit", *common, *second, *quick, "--components", "m1,m2", "--on", "once", "--out", "twice", "--export"],
+        ["attack", *common, *first, "--method", "logit_lens", "--edit", "twice", "--out", "attacked"],
+        ["undo", "twice", "--keep", "1", "--out", "undone"],
+    ):
+        result = _run(arguments, tmp_path)
+        assert result.returncode == 0, result.stderr
+    drift = pd.read_csv(tmp_path / "twice" / "drift.csv")
+    assert drift[["step", "block"]].to_numpy().tolist() == [[s, b] for s in range(3) for b in (1, 2)]
+    assert (drift["kl_text"][2:] > 0).all()
+    model = load_model("atlas", device="cpu")
+    stack, undone, once = (load_stack(tmp_path / name) for name in ("twice", "undone", "once"))
+    assert (len(stack), len(undone), len(once)) == (2, 1, 1)
+    for edit in (undone.edits[0], once.edits[0]):
+        assert edit.base_sha256 == model.sha256
+        assert all(value.equal(stack.edits[0].values[name]) for name, value in edit.values.items())
+    exported = load_model(str(tmp_path / "twice" / "checkpoint"), device="cpu")
+    with stack.applied(model):
+        assert exported.sha256 == model.sha256
+    first_split, second_split = load_splits(tmp_path / "twice" / "splits.json")
+    assert not {f.subject for f in second_split.retain_train} & {f.subject for f in first_split.forget}
+    assert len(pd.read_csv(tmp_path / "undone" / "drift.csv")) == 2
+    (tmp_path / "once" / "splits.json").unlink()
+    refused = ["edit", *common, *second, *quick, "--components", "m1", "--on", "once", "--out", "out"]
+    _says_one_line(_run(refused, tmp_path), tmp_path, "has no splits.json")
+    _says_one_line(_run(["undo", "twice", "--keep", "3", "--out", "out"], tmp_path), tmp_path, "allowed: 1 to 2")
 
 
 def test_edges_are_scored_printed_and_drawn(tmp_path):

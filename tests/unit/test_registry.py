@@ -102,6 +102,7 @@ def package(tmp_path, monkeypatch: pytest.MonkeyPatch) -> str:
             f"def {name}(*, seed: int = 0):\n    return '{name}'\n"
         )
     (folder / "helpers.py").write_text("x = 1\n")
+    (folder / "beside.py").write_text("def beside():\n    return 'beside'\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     for module in [m for m in sys.modules if m.startswith("methods_for_test")]:
         monkeypatch.delitem(sys.modules, module)
@@ -123,6 +124,7 @@ def test_a_packages_attribute_is_the_function_before_and_after_its_file_is_impor
     __import__(f"{package}.second")
     assert (methods.first(), methods.second()) == ("first", "second")
     assert methods.helpers.x == 1
+    assert methods.beside() == methods.beside() == "beside"  # no method, but named as its file, too
     with pytest.raises(AttributeError, match="no attribute 'third'"):
         _ = methods.third
 

@@ -20,7 +20,7 @@ from mechunlearn.masks import ParameterMask, mask_of, n_shared
 from mechunlearn.metrics import kl_from, perplexity, reference_of, score_facts
 from mechunlearn.models import Model, wrap_model
 from mechunlearn.selection import select_entries
-from mechunlearn.splits import after, held_out, in_sequence, load_splits, save_splits
+from mechunlearn.splits import held_out, in_sequence, load_splits, save_splits, split_after
 
 MLP, OTHER, HEAD = Component("mlp", 1), Component("mlp", 2), Component("head", 1, 2)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -223,7 +223,7 @@ def test_splits_in_sequence_retain_nothing_forgotten_and_score_nothing_trained_o
     subjects = {fact.subject for split in splits for fact in split.forget}
     assert keys(kept) == {fact.key for fact in splits[0].retain_test if fact.subject not in subjects}
     assert keys(kept)
-    assert after(raw[0], []) == raw[0]
+    assert split_after(raw[0], []) == raw[0]
     assert held_out([]) == ()
 
 
