@@ -16,6 +16,7 @@ from mechunlearn.study.tables import StudyTables
 ALPHA = 0.05
 OUTPUT_TRACING = ("attribution-patching", "attribution-patching-mlps", "causal-tracing", "causal-tracing-mlps")
 CONTROLS = (RANDOM_MLPS, "random", "all-mlps", "nonlocalized")
+AGAINST = ("lookup-paths", *OUTPUT_TRACING, *CONTROLS)
 HOLDS, DOES_NOT, OPEN = "holds", "does not hold", "cannot be told here"
 
 
@@ -54,7 +55,7 @@ CLAIMS = (
 
 
 def claim_table(tables: StudyTables) -> pd.DataFrame:
-    """Every claim against every arm in every preset.
+    """Every claim against every arm of the paper in every preset.
 
     "holds": the interval of the difference is on the claimed side of 0 and Holm's p is below .05, for one of the
     claim's measures at least and against none of them; "does not hold": the same on the other side; "cannot be told
@@ -64,7 +65,8 @@ def claim_table(tables: StudyTables) -> pd.DataFrame:
     broken = {(r["preset"], r["level"], r["arm"], r["measure"].partition(",")[0]) for r in unhealthy.to_dict("records")}
     rows = []
     for claim in CLAIMS:
-        groups: Any = tables.differences.groupby(["preset", "level", "arm"], sort=False)  # pandas has no complete types
+        compared = tables.differences.loc[tables.differences["arm"].isin(AGAINST)]
+        groups: Any = compared.groupby(["preset", "level", "arm"], sort=False)  # pandas has no complete types
         for (preset, level, arm), group in groups:
             found = {row["measure"]: row for row in group.to_dict("records")}
             told = [(found[m], sign) for m, sign in claim.measures if m in found]
