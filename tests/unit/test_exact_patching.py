@@ -243,7 +243,7 @@ def test_a_patching_map_is_the_share_that_each_token_restores(tiny_model: MakeMo
         expected = naive(model, batch, [("attention", 1)], selected, restore=True)[:, 0] / (found.clean - found.corrupt)
     row = found.values[found.components.index(Component("attention", 1))]
     np.testing.assert_allclose(row[[c for c, _, _ in pair.aligned]], expected.numpy(), atol=1e-4)
-    assert found.clean == pytest.approx(float(batch.logit_diff(last_logits(model, batch.clean))), abs=1e-5)
+    assert found.clean == pytest.approx(float(batch.logit_diff(last_logits(model, batch.clean)).detach()), abs=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "gpt_neox"])

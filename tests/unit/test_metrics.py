@@ -64,11 +64,20 @@ def test_a_facts_score_does_not_depend_on_the_others(tiny_model, tiny_facts: Fac
 def test_scores_come_in_the_order_of_the_facts_with_chance(tiny_model, tiny_facts: FactSet):
     facts = tiny_facts[:6].facts
     frame = score_facts(tiny_model(), facts)
-    assert list(frame.columns) == ["subject", "relation", "form", "p_true", "correct", "chance", "top"]
+    assert list(frame.columns) == ["subject", "relation", "form", "p_true", "p_new", "correct", "chance", "top"]
     assert frame["subject"].tolist() == [fact.subject for fact in facts]
     assert frame["chance"].tolist() == [1 / len(fact.choices) for fact in facts]
     assert frame["p_true"].between(0, 1).all()
     assert frame["correct"].dtype == bool
+    assert frame["p_new"].isna().all()
+    aimed = [replace(fact, target_new=next(c for c in fact.choices if c != fact.target_true)) for fact in facts]
+    asked = [render(fact, "prompt") for fact in aimed]
+    log_probs = candidate_log_probs(tiny_model(), asked, [candidates(fact) for fact in aimed])
+    expected = [
+        float(p.softmax(-1)[list(candidates(fact)).index(fact.target_new)])
+        for p, fact in zip(log_probs, aimed, strict=True)
+    ]
+    assert score_facts(tiny_model(), aimed)["p_new"].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def flat(model: Model, favourite: str | None) -> Model:
