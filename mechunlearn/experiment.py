@@ -59,7 +59,7 @@ class Stage:
     splits: tuple[FactSplit, ...]
     """The split that edits are made on; and, if parts are rotated, those that hide its other parts."""
     n_unknown: int
-    """Facts chosen to be forgotten that the original did not know to begin with."""
+    """Facts that could have been forgotten but that the original did not know to begin with."""
 
     @property
     def split(self) -> FactSplit:
@@ -68,19 +68,20 @@ class Stage:
 
 
 def choose_facts(settings: FactsSettings, *, seed: int = 0) -> tuple[FactSet, tuple[Fact, ...]]:
-    """All facts, and those that are candidates for forgetting.
+    """All facts, and those to forget, before any model is asked which of them it knows.
 
     Raises:
         ValueError: an unknown forget set, relation or answer, facts to forget that are not in the source, or more of
             them than there are.
     """
+    facts, pool = _forgettable(settings)
+    return _drawn(settings, facts, pool, pool, seed)
+
+
+def _forgettable(settings: FactsSettings) -> tuple[FactSet, tuple[Fact, ...]]:
+    """All facts, and those from which `_drawn` takes the ones to forget."""
     if settings.forget or settings.forgotten:
-        facts, forget = load_forget_set(settings.forget) if settings.forget else _named(settings)
-        if settings.n is None:
-            return facts, forget
-        chosen = balanced_sample(forget, settings.n, seed)
-        others = {fact.key for fact in forget} - {fact.key for fact in chosen}
-        return facts.where(lambda fact: fact.key not in others), chosen  # a twin never read the others: not retained
+        return load_forget_set(settings.forget) if settings.forget else _named(settings)
     facts = load_facts(settings.source, format=settings.format)
     pool = facts.of(settings.relation) if settings.relation else facts
     if settings.answer is not None:
@@ -89,13 +90,28 @@ def choose_facts(settings: FactsSettings, *, seed: int = 0) -> tuple[FactSet, tu
             known = ", ".join(answer for answer, _ in answers.most_common(12)) + (", ..." if len(answers) > 12 else "")
             raise ValueError(f"facts.answer: got {settings.answer!r}, allowed for {settings.source}: {known}")
         pool = pool.where(lambda fact: fact.target_true == settings.answer)
-    subjects = len({fact.subject for fact in pool})
-    if subjects < 4:
+    if (subjects := len({fact.subject for fact in pool})) < 4:
         raise ValueError(
             f"{settings.source}: got facts of {subjects} subjects, allowed: 4 or more, to forget and to keep"
         )
-    n = settings.n or (None if settings.relation or settings.answer else max(4, subjects // 2))
-    return facts, balanced_sample(pool, n, seed) if n else pool.facts
+    return facts, pool.facts
+
+
+def _drawn(
+    settings: FactsSettings, facts: FactSet, pool: Sequence[Fact], known: Sequence[Fact], seed: int
+) -> tuple[FactSet, tuple[Fact, ...]]:
+    """`n` of the pool's known facts; without an `n` all of them, or half of the subjects if nothing else was asked."""
+    named = bool(settings.forget or settings.forgotten)
+    n = settings.n
+    if n is None and not (named or settings.relation or settings.answer):
+        n = max(4, len({fact.subject for fact in known}) // 2)
+    if n is None:
+        return facts, tuple(known)
+    chosen = balanced_sample(known, n, seed)
+    if not named:
+        return facts, chosen
+    others = {fact.key for fact in pool} - {fact.key for fact in chosen}
+    return facts.where(lambda fact: fact.key not in others), chosen  # a twin never read the others: not retained
 
 
 def _named(settings: FactsSettings) -> tuple[FactSet, tuple[Fact, ...]]:
@@ -114,20 +130,19 @@ def prepare(settings: Settings, *, load: Callable[..., Model] = load_model) -> S
     """Load models and facts, keep what the original knows, and deal the split.
 
     Raises:
-        ValueError: nothing to forget is known, or facts that cannot be judged once an answer is injected.
+        ValueError: too little to forget is known, or facts that cannot be judged once an answer is injected.
     """
-    facts, forget = choose_facts(settings.facts, seed=settings.seed)
+    facts, pool = _forgettable(settings.facts)
     names = (settings.model, settings.twin, settings.second_twin)
     model, twin, second = (load(name, device=settings.device, dtype=settings.dtype) if name else None for name in names)
     assert model is not None
     for name in settings.edited:  # a mistyped one must not be noticed after hours
         load(name, device=settings.device, dtype=settings.dtype)
     known = {fact.key for fact in known_facts(model, facts, threshold=settings.facts.known)}
-    if not (kept := [fact for fact in forget if fact.key in known]):
-        raise ValueError(
-            f"{settings.model} knows none of the {len(forget)} facts to forget; choose facts that it knows"
-        )
-    targeted = with_edit_targets(kept, seed=settings.seed)
+    if not (kept := [fact for fact in pool if fact.key in known]):
+        raise ValueError(f"{settings.model} knows none of the {len(pool)} facts to forget; choose facts that it knows")
+    facts, forget = _drawn(settings.facts, facts, pool, kept, settings.seed)
+    targeted = with_edit_targets(forget, seed=settings.seed)
     few = [fact for fact in targeted if len(candidates(fact, drop_targets=True)) < 2]
     if settings.arms and few:
         raise ValueError(
@@ -141,7 +156,7 @@ def prepare(settings: Settings, *, load: Callable[..., Model] = load_model) -> S
     return Stage(
         settings=settings, model=model, twin=twin, second_twin=second, facts=facts,
         splits=rotations(split, settings.facts.folds) if settings.facts.rotate else (split,),
-        n_unknown=len(forget) - len(kept),
+        n_unknown=len(pool) - len(kept),
     )  # fmt: skip
 
 

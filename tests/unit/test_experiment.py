@@ -181,3 +181,20 @@ def test_an_interrupted_rerun_is_not_taken_for_a_finished_run(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         run_experiment(settings, tmp_path)
     assert not (tmp_path / "manifest.json").exists()
+
+
+def test_as_many_facts_as_asked_are_drawn_among_those_that_the_model_knows(monkeypatch):
+    known = {fact.key for i, fact in enumerate(load_facts("sports")) if i % 3}
+    monkeypatch.setattr(experiment, "known_facts", lambda _model, facts, **_: [f for f in facts if f.key in known])
+    data = {"name": "x", "model": "atlas", "facts": {"source": "sports", "relation": "plays_sport", "n": 64}}
+    stage = prepare(check_settings(data, "test"))
+    split = stage.split
+    forget = (*split.forget_shown, *split.attack_dev, *split.forget_hidden)
+    assert len(forget) == 64
+    assert {fact.key for fact in (*forget, *split.retain_train, *split.retain_test)} <= known
+    assert stage.n_unknown == len(load_facts("sports").of("plays_sport")) - len(known & {
+        fact.key for fact in load_facts("sports").of("plays_sport")
+    })  # fmt: skip
+    few = check_settings(data | {"facts": data["facts"] | {"n": 400}}, "test")
+    with pytest.raises(ValueError, match="got n = 400, allowed: at most"):
+        prepare(few)
