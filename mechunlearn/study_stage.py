@@ -8,6 +8,7 @@ import pandas as pd
 from mechunlearn.files import replaceable, whole_folder
 from mechunlearn.report.study import arms_figure, claims_figure
 from mechunlearn.study.claims import beside_published, claim_table
+from mechunlearn.study.page import study_page
 from mechunlearn.study.run import Part, Progress, estimate, parts_of, run_study
 from mechunlearn.study.settings import load_study, study_presets
 from mechunlearn.study.tables import StudyTables, study_tables
@@ -55,4 +56,5 @@ def write_tables(parts: Sequence[Part], out: Path) -> StudyTables:
         for preset in dict.fromkeys(tables.arms["preset"]):
             arms_figure(tables, preset).write_html(folder / f"{preset}.html")
         claims_figure(claims).write_html(folder / "claims.html")
+        (folder / "study.md").write_text(study_page(tables, claims), encoding="utf-8")
     return tables

@@ -18,6 +18,7 @@ MARKS: tuple[tuple[str, frozenset[str]], ...] = (  # the first format all of who
     ("counterfact", frozenset({"subject", "target_new", "ground_truth"})),
     ("lre", frozenset({"prompt_templates", "samples"})),
     ("sports", frozenset({"athlete", "sport"})),
+    ("trivia", frozenset({"question", "answer", "sport"})),
     ("tofu", frozenset({"question", "answer"})),
     ("table", frozenset({"subject"})),  # the table's own reader names the columns that are missing
 )

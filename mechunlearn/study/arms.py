@@ -32,7 +32,7 @@ class Arm:
 
 ERASURE = "lookup-erasure"
 BOTH: tuple[Kind, ...] = ("mlp", "attention")
-LOOKUP, RANDOM_MLPS, NONLOCALIZED = "lookup-probe", "random-mlps", "nonlocalized"
+LOOKUP, RANDOM_MLPS, ALL_MLPS, NONLOCALIZED = "lookup-probe", "random-mlps", "all-mlps", "nonlocalized"
 ARMS = (
     Arm(name=LOOKUP, localizer="fact_lookup_probe", options={"draws": 1}, standard=True),
     Arm(name="lookup-paths", localizer="fact_lookup_paths", options={"fdr": 1.0}),  # ten heads, as the source
@@ -42,7 +42,7 @@ ARMS = (
     Arm(name="causal-tracing-mlps", localizer="causal_tracing"),
     Arm(name="random", localizer="random_components", kinds=BOTH),
     Arm(name=RANDOM_MLPS, localizer="random_mlps", standard=True),
-    Arm(name="all-mlps", matched=False),
+    Arm(name=ALL_MLPS, matched=False),
     Arm(name=NONLOCALIZED, kinds=BOTH, matched=False, standard=True),
     # beyond the paper: the same MLPs, but what they look up is erased, not overwritten
     Arm(name=ERASURE, localizer="fact_lookup_probe", options={"draws": 1}, standard=True, editor="lookup_erasure"),

@@ -18,6 +18,7 @@ OUTPUT_TRACING = ("attribution-patching", "attribution-patching-mlps", "causal-t
 CONTROLS = (RANDOM_MLPS, "random", "all-mlps", "nonlocalized")
 AGAINST = ("lookup-paths", *OUTPUT_TRACING, *CONTROLS)
 HOLDS, DOES_NOT, OPEN = "holds", "does not hold", "cannot be told here"
+SAME_EDIT = "both arms chose the same components, so they are the same edit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def _word(told: Sequence[tuple[dict[str, float], int]], bad: Sequence[str]) -> t
     if not told:
         return OPEN, f"every attack was unhealthy under some seed: {', '.join(dict.fromkeys(bad))}"
     if all(row["same"] for row, _ in told):
-        return OPEN, "both arms chose the same components, so they are the same edit"
+        return OPEN, SAME_EDIT
     signs = [_clear(row) * sign for row, sign in told]
     if any(s > 0 for s in signs) and not any(s < 0 for s in signs):
         return HOLDS, numbers + note

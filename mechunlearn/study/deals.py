@@ -1,6 +1,6 @@
 """What one seed of a preset works on: models, split, targets, neighbors, and facts from elsewhere."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -12,6 +12,7 @@ from mechunlearn.models import Model
 from mechunlearn.prompts import render
 from mechunlearn.settings import check_settings
 from mechunlearn.sources.bundled import BUNDLED, load_bundled
+from mechunlearn.sources.loading import load_facts
 from mechunlearn.study.settings import ModelSettings, StudySettings
 
 N_NEIGHBORS = 4
@@ -30,7 +31,7 @@ class Deal:
     blocks: tuple[FactSplit, ...]
     """One a block: its own facts to forget; those of other blocks in no part."""
     elsewhere: tuple[Fact, ...]
-    """Known facts of the bundled data sets that the task has nothing to do with: side effects show there."""
+    """Known facts that the task has nothing to do with: side effects show there."""
 
 
 @lru_cache(maxsize=4)
@@ -50,7 +51,7 @@ def dealt(study_json: str, model_json: str, seed: int) -> Deal:
     blocks = tuple(_block(split, i, study.blocks) for i in range(study.blocks)) if study.blocks > 1 else (split,)
     return Deal(
         model=stage.model, twin=stage.twin, split=split, blocks=blocks,
-        elsewhere=_elsewhere(stage.model, {fact.relation for fact in stage.facts}),
+        elsewhere=_elsewhere(stage.model, {fact.relation for fact in stage.facts}, model.side_effects),
     )  # fmt: skip
 
 
@@ -80,12 +81,14 @@ def _block(split: FactSplit, index: int, n: int) -> FactSplit:
     return replace(split, **{part: getattr(split, part)[index::n] for part in FORGET_PARTS})
 
 
-def _elsewhere(model: Model, relations: set[str]) -> tuple[Fact, ...]:
-    """Of each bundled data set that shares no relation with the task, facts that the model knows."""
+def _elsewhere(model: Model, relations: set[str], side_effects: Mapping[str, str]) -> tuple[Fact, ...]:
+    """Of each data set that shares no relation with the task, facts that the model knows; all known trivia."""
     found: list[Fact] = []
     for name in BUNDLED:
         facts = load_bundled(name)
         if not relations & set(facts.relations):
             sample: Sequence[Fact] = balanced_sample(facts, min(2 * N_ELSEWHERE, len({f.subject for f in facts})))
             found += known_facts(model, sample)[:N_ELSEWHERE]
+    for name, format in side_effects.items():
+        found += known_facts(model, load_facts(name, format=format))
     return tuple(found)

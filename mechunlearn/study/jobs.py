@@ -17,12 +17,13 @@ from mechunlearn.attack import ATTACKS
 from mechunlearn.attack.results import AttackResult
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.controls import SUPPRESSIONS
-from mechunlearn.controls.acceptance import accept
+from mechunlearn.controls.acceptance import Acceptance, accept
 from mechunlearn.controls.fabricated import fabricated_split
 from mechunlearn.edit import EDITORS
 from mechunlearn.edit.budget import set_aside
 from mechunlearn.edit.edits import WeightEdit, applied
 from mechunlearn.evaluate import Baseline, Evaluation, evaluate, take_baseline
+from mechunlearn.evaluate.capability import capability_rows
 from mechunlearn.facts import Fact, FactSplit, with_edit_targets
 from mechunlearn.files import whole_folder
 from mechunlearn.masks import ParameterMask, mask_of
@@ -33,7 +34,7 @@ from mechunlearn.study.deals import Deal, dealt
 from mechunlearn.study.settings import ModelSettings, StudySettings
 
 Level = Literal["tune", "quick", "standard"]
-N_EVALUATED = 64  # facts of a part
+N_EVALUATED = 48  # facts of a part
 Subject = Literal["model", "twin", "made-up"]
 """Who is edited and attacked; "made-up": the model, attacked for made-up facts, where there is no twin."""
 
@@ -73,7 +74,14 @@ class Job:
             self.on, self.level, self.attacks, self.blocks, self.n_entries, self.editor, self.options, self.suppression,
             self.false_labels, version("mechunlearn"),
         ]  # fmt: skip
+        if self.model.side_effects or self.model.capability:
+            data += [self.model.side_effects, self.model.capability]
         return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    @property
+    def edit_digest(self) -> str:
+        """Equal for jobs that look at the same edited model."""
+        return replace(self, level="tune", false_labels=False).digest
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,65 +109,91 @@ def is_done(job: Job, home: Path) -> bool:
     return (home / job.digest / "record.json").is_file()
 
 
-def carry_out(job: Job, home: Path) -> str:
-    """Do the job unless it was done, and return its digest, the name of its folder in `home`."""
-    if is_done(job, home):
-        return job.digest
-    started = time.monotonic()
-    deal = dealt(job.study.model_dump_json(), job.model.model_dump_json(), job.seed)
-    model = deal.twin if job.on == "twin" else deal.model
-    if model is None:
-        raise ValueError(f"study {job.study.name}: model '{job.model.name}' has no twin")
+def carry_out(jobs: Sequence[Job], home: Path) -> tuple[str, ...]:
+    """Do those of the jobs that are not done, and return all digests: the names of their folders in `home`.
+
+    The jobs share one edit, which is made once; so is an attack that several of them ask for.
+    """
+    if todo := [job for job in jobs if not is_done(job, home)]:
+        started, first = time.monotonic(), todo[0]
+        deal = dealt(first.study.model_dump_json(), first.model.model_dump_json(), first.seed)
+        model = deal.twin if first.on == "twin" else deal.model
+        if model is None:
+            raise ValueError(f"study {first.study.name}: model '{first.model.name}' has no twin")
+        baseline = take_baseline(model, deal.split) if any(map(_is_evaluated, todo)) else None
+        attacked: dict[str, AttackResult] = {}
+        with ExitStack() as stack:
+            edits, acceptance = _edits(first, deal, model, stack)
+            made = {
+                "components": [list(block) for block in first.blocks], "options": dict(first.options),
+                "n_selected": [edit.mask.n_selected for edit in edits], "notes": [dict(edit.notes) for edit in edits],
+                "loss": [edit.history[-1] for edit in edits if edit.history],
+            } | ({} if acceptance is None else {"acceptance": asdict(acceptance)})  # fmt: skip
+            for job in todo:
+                looked = _look(job, deal, model, baseline, attacked)
+                _save(job, home, *looked, made | {"seconds": round(time.monotonic() - started, 1)})
+                started = time.monotonic()
+    return tuple(job.digest for job in jobs)
+
+
+def _is_evaluated(job: Job) -> bool:
+    return job.on == "model" and job.level == "quick" and not job.false_labels
+
+
+def _look(
+    job: Job, deal: Deal, model: Model, baseline: Baseline | None, attacked: dict[str, AttackResult]
+) -> tuple[Evaluation | None, list[AttackResult], dict[str, Any]]:
+    """Measure and attack the edited model as the job says; `attacked` keeps what was done on it before."""
     split = fabricated_split(deal.split, seed=job.seed) if job.on == "made-up" else deal.split
     split = with_false_labels(split, job.seed) if job.false_labels else split
-    baseline = take_baseline(model, deal.split) if job.on == "model" and not job.false_labels else None
-    record: dict[str, Any] = {"digest": job.digest, "seed": job.seed, "on": job.on, "level": job.level}
-    with ExitStack() as stack:
-        edits = _edits(job, deal, model, stack)
-        is_edited = bool(job.blocks)
-        evaluation = None
-        if baseline is not None and job.level != "tune":
-            evaluation = measure(model, deal, baseline=baseline, seed=job.seed)
-        if job.level == "tune":
-            record["score"] = tuning_score(model, deal.split)
-        hidden = mean_of(model, split.forget_hidden, drop_targets=is_edited)["p_true"]
-        results = [
-            replace(ATTACKS.get(name).function(
-                model, split, **ATTACKS.get(name).validate(options) | {"seed": job.seed, "drop_targets": is_edited}
-            ), fold=split.fold)
-            for name, options in job.attacks.items()
-        ]  # fmt: skip
-    if job.suppression is not None and job.on == "model":
-        record["acceptance"] = asdict(accept(model, deal.split, edits[0]))
-    record |= {
-        "components": [list(block) for block in job.blocks],
-        "n_selected": [edit.mask.n_selected for edit in edits],
-        "notes": [dict(edit.notes) for edit in edits], "loss": [edit.history[-1] for edit in edits if edit.history],
-        "options": dict(job.options), "hidden_p_true": hidden, "evaluated": evaluation is not None,
-        "attacks": [result.attack for result in results], "seconds": round(time.monotonic() - started, 1),
-    }  # fmt: skip
+    is_edited, evaluation, results = bool(job.blocks), None, []
+    if baseline is not None and _is_evaluated(job):
+        evaluation = measure(model, deal, baseline=baseline, seed=job.seed, capability=job.model.capability)
+    for name, given in job.attacks.items():
+        method = ATTACKS.get(name)
+        options = method.validate(given) | {"seed": job.seed, "drop_targets": is_edited}
+        key = json.dumps([name, options, job.false_labels], sort_keys=True, default=str)
+        if key not in attacked:
+            attacked[key] = replace(method.function(model, split, **options), fold=split.fold)
+        results.append(attacked[key])
+    record: dict[str, Any] = {"score": tuning_score(model, deal.split)} if job.level == "tune" else {}
+    hidden = mean_of(model, split.forget_hidden, drop_targets=is_edited)["p_true"]
+    return evaluation, results, record | {"hidden_p_true": hidden}
+
+
+def _save(
+    job: Job,
+    home: Path,
+    evaluation: Evaluation | None,
+    results: Sequence[AttackResult],
+    found: Mapping[str, Any],
+    made: Mapping[str, Any],
+) -> None:
+    about = {"digest": job.digest, "seed": job.seed, "on": job.on, "level": job.level}
+    listed = {"evaluated": evaluation is not None, "attacks": [result.attack for result in results]}
     with whole_folder(home / job.digest) as partial:
         if evaluation is not None:
             evaluation.save(partial / "evaluation")
         for result in results:
             result.save(partial / result.attack)
-        (partial / "record.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    return job.digest
+        text = json.dumps({**about, **found, **listed, **made}, indent=1)
+        (partial / "record.json").write_text(text, encoding="utf-8")
 
 
-def _edits(job: Job, deal: Deal, model: Model, stack: ExitStack) -> list[WeightEdit]:
-    """Make and apply the job's edits, block by block, each on what the ones before left."""
+def _edits(job: Job, deal: Deal, model: Model, stack: ExitStack) -> tuple[list[WeightEdit], Acceptance | None]:
+    """Make and apply the job's edits, block by block, each on what the ones before left; is a suppression accepted?"""
     if job.suppression is not None:
         edit = SUPPRESSIONS.get(job.suppression).function(model, deal.split, **job.options, seed=job.seed)
+        acceptance = accept(model, deal.split, edit) if job.on == "model" else None
         stack.enter_context(applied(model, edit))
-        return [edit]
+        return [edit], acceptance
     made: list[WeightEdit] = []
     for components, split in zip(job.blocks, deal.blocks, strict=False):
         mask = exact_mask(model, components, job.n_entries)
         edit = EDITORS.get(job.editor).function(model, mask, split, **job.options, seed=job.seed)
         stack.enter_context(applied(model, edit))
         made.append(edit)
-    return made
+    return made, None
 
 
 def exact_mask(model: Model, components: Sequence[str], n_entries: int | None) -> ParameterMask:
@@ -192,7 +226,9 @@ def with_false_labels(split: FactSplit, seed: int) -> FactSplit:
     return replace(split, **parts)
 
 
-def measure(model: Model, deal: Deal, *, baseline: Baseline, seed: int) -> Evaluation:
+def measure(
+    model: Model, deal: Deal, *, baseline: Baseline, seed: int, capability: Mapping[str, int] | None = None
+) -> Evaluation:
     """All of the study's evaluations: of forgotten, kept, neighboring and unrelated facts in every form, and text.
 
     Where all forgotten facts have the same wrong answer, kept facts are also asked for it: do they flip, too?
@@ -205,11 +241,15 @@ def measure(model: Model, deal: Deal, *, baseline: Baseline, seed: int) -> Evalu
         )
         split = replace(split, retain_test=kept)
     found = evaluate(model, split, original=baseline, max_facts=N_EVALUATED, seed=seed)
-    beside = evaluate(
-        model, replace(split, retain_test=deal.elsewhere), parts=("retain_test",), kinds=("prompt", "question"),
-        max_forms=1, max_facts=None, seed=seed,
-    ).rows.assign(part="elsewhere")  # fmt: skip
-    return replace(found, rows=pd.concat([found.rows, beside], ignore_index=True))
+    rows = [found.rows]
+    if deal.elsewhere:
+        beside = evaluate(
+            model, replace(split, retain_test=deal.elsewhere), parts=("retain_test",), kinds=("prompt", "question"),
+            max_forms=1, max_facts=None, seed=seed,
+        )  # fmt: skip
+        rows.append(beside.rows.assign(part="elsewhere"))
+    rows += [capability_rows(model, task, max_questions=n) for task, n in (capability or {}).items()]
+    return replace(found, rows=pd.concat(rows, ignore_index=True))
 
 
 def tuning_score(model: Model, split: FactSplit) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from mechunlearn.attack.results import fact_id
+from mechunlearn.evaluate.capability import CAPABILITY
 from mechunlearn.study.jobs import Outcome
 from mechunlearn.study.run import Line
 
@@ -64,6 +65,8 @@ def _evaluated(outcome: Outcome) -> Iterator[tuple[str, str, float]]:
         chosen = rows.loc[rows["part"].isin(parts) & (kinds == form) & (rows["metric"] == metric)]
         for key, values in chosen.groupby(["subject", "relation", "answer"], sort=False)["value"]:
             yield fact_id(*key), measure, float(values.mean())
+    for key, values in rows.loc[rows["part"] == CAPABILITY].groupby(["subject", "relation"], sort=False)["value"]:
+        yield fact_id(*key, ""), f"capability, {key[1]}", float(values.mean())
     for measure, (part, metric) in OF_TEXT.items():
         yield "", measure, float(rows.loc[(rows["part"] == part) & (rows["metric"] == metric), "value"].iloc[0])
     notes = outcome.record["notes"]

@@ -5,13 +5,25 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mechunlearn.experiment import process_pool
 from mechunlearn.files import whole_file
 from mechunlearn.registry import did_you_mean
-from mechunlearn.study.arms import ARMS, DRAWN, LOOKUP, NONLOCALIZED, Arm, arm_named, n_matched, ranked_components
+from mechunlearn.sources.loading import load_facts
+from mechunlearn.study.arms import (
+    ALL_MLPS,
+    ARMS,
+    DRAWN,
+    LOOKUP,
+    NONLOCALIZED,
+    Arm,
+    arm_named,
+    n_matched,
+    ranked_components,
+)
 from mechunlearn.study.deals import dealt
 from mechunlearn.study.jobs import Job, Level, Outcome, carry_out, is_done
 from mechunlearn.study.settings import ModelSettings, StudySettings
@@ -22,8 +34,8 @@ Progress = Callable[[str, float, float], None]
 DEVELOPMENT = 1000  # added to the seed: the deal that editors are tuned on
 KEEP_WEIGHTS = (5.0, 1.25, 2.5, 10.0)
 """What the tuner tries where there is no learning rate."""
-COPIED = ("random-mlps#0", NONLOCALIZED)
-"""Arms that are run a second time with fact lookup's options, as the paper tuned some arms and copied to others."""
+COPIED = {"random-mlps#0": LOOKUP, ALL_MLPS: NONLOCALIZED}
+"""Arms that are run a second time with the options of another, which the paper gave them in place of their own."""
 LEVELS: tuple[Level, ...] = ("quick", "standard")
 SECONDS: Mapping[Level, float] = {"tune": 9.0, "quick": 25.0, "standard": 75.0}
 """Of one job on one core, before any has been measured."""
@@ -170,9 +182,9 @@ def lines(part: Part, best: Mapping[str, Mapping[str, Any]]) -> list[Line]:
             add(name, seed, "quick", part.job(name, seed, best[arm.name]))
             if arm.standard and name.partition("#")[2] in ("", "0"):
                 add(name, seed, "standard", part.job(name, seed, best[arm.name], level="standard"))
-        for name in COPIED:
-            if arm_named(name) in part.arms and study.blocks == 1:
-                add(f"{arm_named(name).name}, tuned as {LOOKUP}", seed, "quick", part.job(name, seed, best[LOOKUP]))
+        for name, other in COPIED.items():
+            if {arm_named(name), arm_named(other)} <= set(part.arms) and study.blocks == 1:
+                add(f"{arm_named(name).name}, tuned as {other}", seed, "quick", part.job(name, seed, best[other]))
         if study.blocks == 1:
             add(f"{LOOKUP}, false labels", seed, "quick", part.job(LOOKUP, seed, best[LOOKUP], false_labels=True))
     return found
@@ -202,8 +214,11 @@ def run_study(
     """Run what is not done yet, and return every line; a run that was killed goes on where it stopped.
 
     Raises:
+        FileNotFoundError: facts for side effects that are not there.
         ValueError: settings that cannot be carried out.
     """
+    for part in parts:  # what is missing must not be noticed after hours
+        check_evaluations(part.model)
     with process_pool(workers) as pool:
         places = [(part, seed) for part in parts for seed in (*part.seeds, part.study.seed + DEVELOPMENT)]
         _each(pool, locate, [place for place in places if not _located_path(*place).is_file()], "locating", on_progress)
@@ -211,20 +226,33 @@ def run_study(
         tuning = [job for part in parts for tried in trials(part).values() for _, job in tried]
         _carry_out(pool, tuning, home, "tuning", on_progress)
         found = [line for part in parts for line in lines(part, tuned(part))]
-        jobs = sorted((job for line in found for job in (line.edited, line.null)), key=lambda job: job.level != "quick")
+        jobs = [job for line in found for job in (line.edited, line.null)]
         _carry_out(pool, jobs, home, "editing and attacking", on_progress)
     return found
 
 
+def check_evaluations(model: ModelSettings) -> None:
+    """Raise if what the model's file measures side effects with is not here, or capability without lm-eval."""
+    for name, format in model.side_effects.items():
+        load_facts(name, format=format)
+    if model.capability and find_spec("lm_eval") is None:
+        raise ValueError(
+            f"model {model.name}: capability needs lm-eval; pip install 'mechunlearn[lm-eval]', or take the line out"
+        )
+
+
 def _carry_out(pool: Executor | None, jobs: Sequence[Job], home: Path, what: str, on_progress: Progress) -> None:
-    """Each job once, whoever asks for it."""
-    todo = {job.digest: job for job in jobs if not is_done(job, home)}
-    _each(pool, carry_out, [(job, home) for job in todo.values()], what, on_progress)
+    """Each job once, whoever asks for it; those on one edited model together."""
+    together: dict[str, dict[str, Job]] = {}
+    for job in jobs:
+        if not is_done(job, home):
+            together.setdefault(job.edit_digest, {})[job.digest] = job
+    _each(pool, carry_out, [(list(group.values()), home) for group in together.values()], what, on_progress)
 
 
 def _each(
     pool: Executor | None,
-    function: Callable[..., str],
+    function: Callable[..., object],
     arguments: Sequence[tuple[Any, ...]],
     what: str,
     on_progress: Progress,

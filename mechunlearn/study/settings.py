@@ -75,6 +75,11 @@ class ModelSettings(Strict):
     config: str | None = None
     """File beside this one with the Hugging Face configuration, for a dry run without the hub."""
     tasks: dict[TaskName, TaskSettings]
+    side_effects: dict[str, str] = Field(default_factory=dict)
+    """Facts that the tasks have nothing to do with (sports trivia, say), by name or path, with their format or "auto":
+    what is known of them before and after shows side effects; of the bundled data sets, too, as far as known."""
+    capability: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Tasks of lm-eval for every edited model, with how many of their questions are asked (needs `[lm-eval]`)."""
     quick: dict[str, Options]
     """Attacks on every arm."""
     standard: dict[str, Options]
@@ -111,8 +116,8 @@ class StudySettings(Strict):
     """Which model's file: the line to change."""
     seed: int = 0
     seeds: Annotated[int, Field(ge=1)] = 5
-    draws: Annotated[int, Field(ge=1)] = 2
-    """Draws of random MLPs under every seed."""
+    draws: Annotated[int, Field(ge=1)] = 1
+    """Draws of random MLPs under every seed, other ones under each."""
     arms: list[str] = Field(default_factory=list)
     """Names of the arms to run; none: all of them."""
     published_components: bool = False

@@ -45,6 +45,11 @@ class StudyTables:
         for name, frame in self.__dict__.items():
             frame.to_csv(folder / f"{name}.csv", index=False, float_format="%.4f")
 
+    @classmethod
+    def load(cls, folder: Path) -> "StudyTables":
+        """Read back what `save` wrote, with four digits."""
+        return cls(**{name: pd.read_csv(folder / f"{name}.csv") for name in cls.__dataclass_fields__})
+
 
 def study_tables(parts: Sequence[Part]) -> StudyTables:
     """Read the finished jobs of the parts; a part of which some are missing is left out as a whole.

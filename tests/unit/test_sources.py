@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from mechunlearn.facts import Fact
+from mechunlearn.prompts import render
 from mechunlearn.sources import SOURCES
 from mechunlearn.sources.bundled import MAX_CHOICES, draw_choices, load_bundled
 from mechunlearn.sources.counterfact_tracing import parse_printed_array
@@ -55,6 +56,7 @@ ORIGINALS = [
     ("counterfact/counterfact_filtered.json", "counterfact", 1_400, 1_397, 32),
     ("counterfact/counterfact_google_gemma-2-9b.csv", "counterfact_tracing", 2_250, 2_250, 26),
     ("sports_facts/sports.csv", "sports", 1_559, 1_559, 1),
+    ("sports_facts/side_effect_sport_trivia.json", "trivia", 200, 200, 4),
     ("lre_relations", "lre", 10_876, 10_785, 40),
     ("lre_relations/factual", "lre", 9_696, 9_646, 26),
     ("tofu/full.json", "tofu", 4_000, 3_967, None),
@@ -197,6 +199,14 @@ def test_tofu_options_and_perturbed_answers_become_choices():
     perturbed = load(original("tofu/forget10_perturbed.json"))
     assert all(len(fact.choices) == 6 for fact in perturbed)
     assert perturbed[1].prompt == "Question: What does {} identify as in terms of gender?\nAnswer:"
+
+
+def test_clues_about_sports_have_the_sports_as_candidates():
+    facts = load(original("sports_facts/side_effect_sport_answers.json"), format="trivia")
+    assert facts.relations == ("sport",)
+    assert {fact.choices for fact in facts} == {("baseball", "basketball", "football", "tennis")}
+    assert render(facts[0], "prompt") == "Question: In which sport is the Vince Lombardi Trophy awarded?\nAnswer:"
+    assert render(facts[0], "question:0") == "Question: In which sport is the Vince Lombardi Trophy awarded? Answer:"
 
 
 # small files of one's own
@@ -478,4 +488,4 @@ def test_a_hub_data_set_of_one_file_is_fetched_and_read(monkeypatch, tmp_path):
 
 
 def test_all_sources_are_registered():
-    assert {"counterfact", "counterfact_tracing", "lre", "sports", "table", "tofu"} == set(SOURCES.names())
+    assert {"counterfact", "counterfact_tracing", "lre", "sports", "table", "tofu", "trivia"} == set(SOURCES.names())

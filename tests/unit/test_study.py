@@ -1,15 +1,20 @@
+import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from mechunlearn.facts import with_edit_targets
+from mechunlearn.metrics import known_facts, score_facts
+from mechunlearn.sources.loading import load_facts
 from mechunlearn.study import jobs
 from mechunlearn.study.arms import ARMS, DRAWN, LOOKUP, arm_named, n_matched, probed_facts, ranked_components
 from mechunlearn.study.claims import CLAIMS, DOES_NOT, HOLDS, OPEN, claim_table, published
+from mechunlearn.study.deals import _elsewhere
 from mechunlearn.study.jobs import Job, carry_out, exact_mask, is_done, with_false_labels
-from mechunlearn.study.run import parts_of
+from mechunlearn.study.run import parts_of, run_study
 from mechunlearn.study.settings import load_study, study_models, study_presets
 from mechunlearn.study.tables import StudyTables, arm_table, difference_table
 
@@ -104,6 +109,31 @@ def test_jobs_differ_where_results_do_and_nowhere_else():
     assert len({job.digest, *(replace(job, **change).digest for change in changes)}) == 1 + len(changes)
 
 
+def test_what_side_effects_are_measured_with_decides_a_job_and_is_looked_for_first(tmp_path):
+    study, model = load_study("quick")
+    missing = model.model_copy(update={"side_effects": {str(tmp_path / "trivia.json"): "auto"}})
+    jobs_of = [Job(study=study, model=about, seed=0) for about in (model, missing)]
+    assert jobs_of[0].digest != jobs_of[1].digest
+    with pytest.raises(FileNotFoundError, match=r"trivia\.json"):
+        run_study(parts_of([(study, missing)], tmp_path), workers=1)
+    if find_spec("lm_eval") is None:
+        capable = model.model_copy(update={"capability": {"sciq": 10}})
+        with pytest.raises(ValueError, match=r"needs lm-eval; pip install"):
+            run_study(parts_of([(study, capable)], tmp_path), workers=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_known_trivia_shows_side_effects(tiny_model, tmp_path):
+    trivia = [{"question": f"What is {i}?", "answer": answer, "sport": "golf"} for i, answer in enumerate("abcd")]
+    (tmp_path / "trivia.json").write_text(json.dumps(trivia))
+    model = tiny_model()
+    found = _elsewhere(model, {"city", "plays_sport", "animal_class"}, {str(tmp_path / "trivia.json"): "auto"})
+    facts = load_facts(tmp_path / "trivia.json")
+    assert [fact for fact in found if fact.relation == "golf"] == list(known_facts(model, facts))
+    (favorite,) = {score for score in score_facts(model, facts)["top"]} if len(facts) else ("",)
+    assert [fact.target_true for fact in found] == [favorite]
+
+
 def test_a_job_that_is_done_is_not_done_again(tmp_path, monkeypatch):
     study, model = load_study("quick")
     job = Job(study=study, model=model, seed=0)
@@ -111,7 +141,7 @@ def test_a_job_that_is_done_is_not_done_again(tmp_path, monkeypatch):
     (tmp_path / job.digest / "record.json").write_text("{}")
     monkeypatch.setattr(jobs, "dealt", lambda *_: pytest.fail("it was done again"))
     assert is_done(job, tmp_path)
-    assert carry_out(job, tmp_path) == job.digest
+    assert carry_out([job], tmp_path) == (job.digest,)
 
 
 def long_rows(values: dict[str, list[float]], measure: str = "multiple choice, edit") -> pd.DataFrame:
