@@ -35,14 +35,15 @@ SHOWN_OF_COPIED = ("forget", "edit", "multiple choice, edit", "maintain", "relea
 def study_page(tables: StudyTables, claims: pd.DataFrame) -> str:
     """The page in Markdown; every number on it is read from the tables."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(str(files("mechunlearn.report") / "templates")), autoescape=False,  # noqa: S701 - Markdown; names are checked ones
+        loader=jinja2.FileSystemLoader(str(files("mechunlearn.report") / "templates")), autoescape=False,
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters["table"] = markdown
     paper = beside_published(tables)
     about = [
         {
-            "name": claim.name, "says": claim.says[0].upper() + claim.says[1:], "measures": ", ".join(m for m, _ in claim.measures),
+            "name": claim.name, "says": claim.says[0].upper() + claim.says[1:],
+            "measures": "; ".join(m for m, _ in claim.measures),
             "verdict": verdict(claims, claim), "families": family_table(claims, claim),
             "words": {level: word_table(claims, claim, level) for level in ("quick", "standard")},
             "numbers": {m: number_table(tables, paper, m) for m, _ in claim.measures},
@@ -51,7 +52,8 @@ def study_page(tables: StudyTables, claims: pd.DataFrame) -> str:
     ]  # fmt: skip
     return environment.get_template("study.md.j2").render(
         presets=presets_of(tables), n_seeds=int(tables.arms["n_seeds"].max()), claims=about,
-        same=same_edits(tables), false_labels=pair_table(tables, LOOKUP, f"{LOOKUP}, false labels", ("relearning, excess",)),
+        same=same_edits(tables),
+        false_labels=pair_table(tables, LOOKUP, f"{LOOKUP}, false labels", ("relearning, excess",)),
         copied=[
             pair_table(tables, arm, f"{arm}, tuned as {other}", SHOWN_OF_COPIED)
             for arm, other in ((RANDOM_MLPS, LOOKUP), (ALL_MLPS, NONLOCALIZED))

@@ -183,7 +183,7 @@ def lines(part: Part, best: Mapping[str, Mapping[str, Any]]) -> list[Line]:
             if arm.standard and name.partition("#")[2] in ("", "0"):
                 add(name, seed, "standard", part.job(name, seed, best[arm.name], level="standard"))
         for name, other in COPIED.items():
-            if {arm_named(name), arm_named(other)} <= set(part.arms) and study.blocks == 1:
+            if name in part.names and other in part.names and study.blocks == 1:
                 add(f"{arm_named(name).name}, tuned as {other}", seed, "quick", part.job(name, seed, best[other]))
         if study.blocks == 1:
             add(f"{LOOKUP}, false labels", seed, "quick", part.job(LOOKUP, seed, best[LOOKUP], false_labels=True))
