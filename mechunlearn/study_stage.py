@@ -7,8 +7,8 @@ import pandas as pd
 
 from mechunlearn.files import replaceable, whole_folder
 from mechunlearn.report.study import arms_figure, claims_figure
+from mechunlearn.report.study_page import study_page
 from mechunlearn.study.claims import beside_published, claim_table
-from mechunlearn.study.page import study_page
 from mechunlearn.study.run import Part, Progress, estimate, parts_of, run_study
 from mechunlearn.study.settings import load_study, study_presets
 from mechunlearn.study.tables import StudyTables, study_tables

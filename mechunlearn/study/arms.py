@@ -32,10 +32,11 @@ class Arm:
 
 ERASURE = "lookup-erasure"
 BOTH: tuple[Kind, ...] = ("mlp", "attention")
-LOOKUP, RANDOM_MLPS, ALL_MLPS, NONLOCALIZED = "lookup-probe", "random-mlps", "all-mlps", "nonlocalized"
+LOOKUP, LOOKUP_PATHS = "lookup-probe", "lookup-paths"
+RANDOM_MLPS, ALL_MLPS, NONLOCALIZED = "random-mlps", "all-mlps", "nonlocalized"
 ARMS = (
     Arm(name=LOOKUP, localizer="fact_lookup_probe", options={"draws": 1}, standard=True),
-    Arm(name="lookup-paths", localizer="fact_lookup_paths", options={"fdr": 1.0}),  # ten heads, as the source
+    Arm(name=LOOKUP_PATHS, localizer="fact_lookup_paths", options={"fdr": 1.0}),  # ten heads, as the source
     Arm(name="attribution-patching", localizer="attribution_patching", kinds=BOTH),
     Arm(name="attribution-patching-mlps", localizer="attribution_patching"),
     Arm(name="causal-tracing", localizer="causal_tracing", kinds=BOTH),

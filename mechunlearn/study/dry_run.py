@@ -12,7 +12,7 @@ from mechunlearn.sources.bundled import BUNDLED
 from mechunlearn.sources.loading import HUB_NAME
 from mechunlearn.study.memory import Batch, attack_memory, training_memory, weight_bytes, whole
 from mechunlearn.study.operations import attack_flops, edit_flops, localizing_flops
-from mechunlearn.study.planned_arms import LEADING, Arm, resolve_arms, short
+from mechunlearn.study.planned_arms import LEADING, PlannedArm, resolve_arms, short
 from mechunlearn.study.settings import ModelSettings, StudySettings, TaskSettings
 
 HASHED = 1e9  # bytes a second: an edit records the hash of the weights that it was made of
@@ -82,7 +82,7 @@ def _facts(study: StudySettings, task: TaskSettings) -> tuple[int, pd.DataFrame]
     return n, pd.DataFrame([row])
 
 
-def _arm_rows(model: Model, arms: Sequence[Arm]) -> pd.DataFrame:
+def _arm_rows(model: Model, arms: Sequence[PlannedArm]) -> pd.DataFrame:
     budget = next(arm for arm in arms if arm.name == "random-mlps").mask.n_selected
     rows = [
         {
@@ -96,7 +96,9 @@ def _arm_rows(model: Model, arms: Sequence[Arm]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _memory(model: Model, about: ModelSettings, task: TaskSettings, arms: Sequence[Arm], card: float) -> pd.DataFrame:
+def _memory(
+    model: Model, about: ModelSettings, task: TaskSettings, arms: Sequence[PlannedArm], card: float
+) -> pd.DataFrame:
     batch = Batch.of(task.batch_size)
     held = {arm.name: training_memory(model, arm.mask, batch, rank=arm.rank) for arm in arms}
     for name, options in (*about.quick.items(), *about.standard.items()):
@@ -106,7 +108,7 @@ def _memory(model: Model, about: ModelSettings, task: TaskSettings, arms: Sequen
 
 
 def _hours(
-    model: Model, study: StudySettings, about: ModelSettings, arms: Sequence[Arm], n_facts: int, speed: float
+    model: Model, study: StudySettings, about: ModelSettings, arms: Sequence[PlannedArm], n_facts: int, speed: float
 ) -> pd.DataFrame:
     """Tuning once an arm; then edits, and attacks on them, under every seed, on the model and on its twin."""
     task, sides = about.tasks[study.task], 2 if about.twin else 1

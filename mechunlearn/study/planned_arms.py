@@ -11,16 +11,15 @@ from mechunlearn.masks import ParameterMask, mask_of, select_components
 from mechunlearn.models import Model, all_components
 from mechunlearn.random_masks import random_mask_like
 from mechunlearn.registry import did_you_mean
+from mechunlearn.study.arms import ALL_MLPS, ARMS, DRAWN, LOOKUP, LOOKUP_PATHS, NONLOCALIZED, RANDOM_MLPS
 from mechunlearn.study.memory import whole
 from mechunlearn.study.settings import StudySettings, TaskName, TaskSettings
 
-LOCALIZED = (
-    "lookup-probe", "lookup-paths", "attribution-patching", "attribution-patching-mlps", "causal-tracing",
-    "causal-tracing-mlps",
-)  # fmt: skip
-WHOLE = ("all-mlps", "nonlocalized")
-ARMS = (*LOCALIZED, "random", "random-mlps", *WHOLE)
-LEADING: Mapping[TaskName, str] = {"athletes": "lookup-probe", "sport": "lookup-probe", "counterfact": "lookup-paths"}
+TRAINED = tuple(arm for arm in ARMS if arm.editor == "inject")  # the paper's
+LOCALIZED = tuple(arm.name for arm in TRAINED if arm.matched and arm.name not in DRAWN)
+WHOLE = tuple(arm.name for arm in TRAINED if not arm.matched)
+PLANNED = (*LOCALIZED, *DRAWN, *WHOLE)
+LEADING: Mapping[TaskName, str] = {"athletes": LOOKUP, "sport": LOOKUP, "counterfact": LOOKUP_PATHS}
 """The paper's fact lookup: what the other arms are matched to."""
 
 Origin = Literal["published", "assumed", "drawn", "all"]
@@ -28,7 +27,7 @@ Origin = Literal["published", "assumed", "drawn", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
+class PlannedArm:
     """What one arm would edit."""
 
     name: str
@@ -38,7 +37,7 @@ class Arm:
     """Of its updates; None: every masked entry is trained."""
 
 
-def resolve_arms(model: Model, study: StudySettings, task: TaskSettings) -> list[Arm]:
+def resolve_arms(model: Model, study: StudySettings, task: TaskSettings) -> list[PlannedArm]:
     """Every arm's components as parameters and masks, checked against `n_mlps` MLPs.
 
     Arms of MLPs must have exactly as many entries. Sets with attention may exceed that by less than one sublayer, for
@@ -48,8 +47,8 @@ def resolve_arms(model: Model, study: StudySettings, task: TaskSettings) -> list
         ValueError: an unknown arm, a component that the model does not have, or a size that does not match.
     """
     for name in (*task.components, *task.start, *task.rank):
-        if name not in ARMS:
-            raise ValueError(f"unknown arm {name!r}.{did_you_mean(name, ARMS)}")
+        if name not in PLANNED:
+            raise ValueError(f"unknown arm {name!r}.{did_you_mean(name, PLANNED)}")
     if not task.n_mlps < model.n_layers:
         raise ValueError(f"n_mlps: got {task.n_mlps}, allowed: fewer than the model's {model.n_layers} layers")
     leading = LEADING[study.task]
@@ -62,15 +61,16 @@ def resolve_arms(model: Model, study: StudySettings, task: TaskSettings) -> list
         "random": select_components(
             scores, model, budget=first.n_selected, kinds=("mlp", "attention"), fill=True
         ),
-        "random-mlps": random_mask_like(first, model, seed=study.seed),
-        "all-mlps": mask_of(model, all_components(model, ("mlp",))),
-        "nonlocalized": whole(model),
+        RANDOM_MLPS: random_mask_like(first, model, seed=study.seed),
+        ALL_MLPS: mask_of(model, all_components(model, ("mlp",))),
+        NONLOCALIZED: whole(model),
     }  # fmt: skip
     budget = mask_of(model, [Component("mlp", n) for n in range(task.n_mlps)]).n_selected
-    for name in ARMS[: -len(WHOLE)]:
+    for name in (*LOCALIZED, *DRAWN):
         _check_size(model, name, masks[name], budget, exactly=name == leading or name.endswith("-mlps"))
     return [
-        Arm(name=name, origin=_origin(name, published), mask=masks[name], rank=task.rank.get(name)) for name in ARMS
+        PlannedArm(name=name, origin=_origin(name, published), mask=masks[name], rank=task.rank.get(name))
+        for name in PLANNED
     ]
 
 

@@ -23,7 +23,7 @@ from mechunlearn.models import all_components, wrap_model
 from mechunlearn.study.dry_run import dry_run, n_trials
 from mechunlearn.study.memory import Batch, activation_bytes, logit_bytes, training_memory
 from mechunlearn.study.operations import training_flops
-from mechunlearn.study.planned_arms import ARMS, LEADING, resolve_arms, short
+from mechunlearn.study.planned_arms import LEADING, PLANNED, resolve_arms, short
 from mechunlearn.study.settings import load_study, study_models, study_presets
 
 REAL = ("pythia-2.8b", "gemma-7b", "gemma-2-9b", "llama-3-8b")
@@ -85,12 +85,12 @@ def test_every_preset_resolves_on_every_model(preset, name):
     study, about = load_study(preset, model=name)
     tables = dry_run(study, about)
     arms, memory, hours = tables["arms"].set_index("arm"), tables["memory"].set_index("of"), tables["hours"]
-    assert tuple(arms.index) == ARMS
-    exact = [arm for arm in ARMS if arm.endswith("-mlps") and arm != "all-mlps"] + [LEADING[study.task]]
+    assert tuple(arms.index) == PLANNED
+    exact = [arm for arm in PLANNED if arm.endswith("-mlps") and arm != "all-mlps"] + [LEADING[study.task]]
     assert (arms.loc[exact, "of the budget"] == 1).all()
     assert 0.8 < arms.loc["random", "of the budget"] <= 1
     assert arms.loc["nonlocalized", "share"] == 1
-    assert memory.loc[list(ARMS), "total"].le(80).all(), "it is to run on one card"
+    assert memory.loc[list(PLANNED), "total"].le(80).all(), "it is to run on one card"
     assert {"relearning", "quantization", "probing"} <= set(memory.index)
     assert (memory["checkpointed"] <= memory["total"]).all()
     assert hours["hours"].iloc[:-1].sum() == pytest.approx(hours["hours"].iloc[-1])
@@ -170,7 +170,7 @@ def test_a_configuration_that_is_none_is_refused(tmp_path):
 def test_the_command_prints_every_arm():
     shown = CliRunner().invoke(app, ["study", "plan", "sports-whole", "--model", "llama-3-8b", "--card", "40"])
     assert shown.exit_code == 0
-    assert all(f" {arm} " in shown.output for arm in ARMS)
+    assert all(f" {arm} " in shown.output for arm in PLANNED)
     assert "704643072" in shown.output
 
 

@@ -1,0 +1,115 @@
+import pandas as pd
+import pytest
+
+from mechunlearn.report.study_page import beyond_table, markdown, same_edits, study_page, verdict
+from mechunlearn.study.arms import ERASURE, LOOKUP
+from mechunlearn.study.claims import CLAIMS, DOES_NOT, HOLDS, OPEN, SAME_EDIT, claim_table
+from mechunlearn.study.tables import StudyTables, arm_table, difference_table
+
+PRESET = "sports-athletes-16"
+VALUES = {
+    "multiple choice, edit": {LOOKUP: 0.9, "random-mlps": 0.4, "all-mlps": 0.9, ERASURE: 0.2},
+    "relearning, excess": {LOOKUP: 0.5, "random-mlps": 0.2, "all-mlps": 0.5, ERASURE: 0.1},
+    "KL": {LOOKUP: 0.02, "random-mlps": 0.03, "all-mlps": 0.02, ERASURE: 0.01},
+}
+
+
+@pytest.fixture
+def tables() -> StudyTables:
+    rows = pd.DataFrame(
+        [
+            (PRESET, arm, seed, "quick", "" if measure == "KL" else f"{seed}-{i}", measure, mean + 0.011 * i)
+            for measure, arms in VALUES.items()
+            for arm, mean in arms.items()
+            for seed in range(5)
+            for i in range(1 if measure == "KL" else 4)
+        ],
+        columns=pd.Index(["preset", "arm", "seed", "level", "fact", "measure", "value"]),
+    )
+    components = pd.DataFrame(
+        [(PRESET, arm, seed, 0, "m1 m2" if arm != "random-mlps#0" or seed else "m4 m5", 1.0 if seed else 0.5)
+         for arm in (LOOKUP, "random-mlps#0", "all-mlps", ERASURE) for seed in range(5)],
+        columns=pd.Index(["preset", "arm", "seed", "block", "components", "of fact lookup"]),
+    )  # fmt: skip
+    draws = pd.DataFrame(
+        [(PRESET, seed, "random-mlps#0", "relearning, excess", 0.1 * seed) for seed in range(5)],
+        columns=pd.Index(["preset", "seed", "draw", "measure", "value"]),
+    )
+    verdicts = pd.DataFrame(
+        [{"preset": PRESET, "arm": LOOKUP, "level": "quick", "word": "hidden", "strongest": "relearning", "D": 0.5,
+          "lower": 0.4, "upper": 0.6}]
+    )  # fmt: skip
+    return StudyTables(
+        arms=arm_table(rows), differences=difference_table(rows), verdicts=verdicts,
+        tuning=pd.DataFrame({"preset": []}), components=components, draws=draws,
+    )  # fmt: skip
+
+
+def cells(page: str, start: str) -> list[str]:
+    """The cells of the one line that starts so."""
+    (line,) = [line for line in page.splitlines() if line.startswith(start)]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_every_number_on_the_page_is_in_the_tables_and_the_papers_stands_beside_it(tables):
+    page = study_page(tables, claim_table(tables))
+    chosen = tables.arms.set_index(["arm", "measure"])
+    for arm, paper in ((LOOKUP, "0.86"), ("random-mlps", "0.63")):
+        row = chosen.loc[arm, "multiple choice, edit"]
+        expected = f"{row['mean']:.2f} [{row['lower']:.2f}, {row['upper']:.2f}] (paper {paper})"
+        assert f"| {arm} | {expected} |" in page
+    assert "| relearning, excess | 5 | 0.00 | 0.40 |" in page  # the draws
+    assert "(Nothing was measured.)" in page  # no false labels here
+    assert cells(page, f"| {PRESET} | {LOOKUP} | quick |") == [PRESET, LOOKUP, "quick", "hidden", "relearning",
+                                                               "0.50 [0.40, 0.60]"]  # fmt: skip
+
+
+def test_a_page_of_saved_tables_is_the_page(tables, tmp_path):
+    tables.save(tmp_path)
+    loaded = StudyTables.load(tmp_path)
+    assert study_page(loaded, claim_table(loaded)) == study_page(tables, claim_table(tables))
+
+
+def test_the_erasure_is_ahead_where_less_comes_back(tables):
+    head, row = beyond_table(tables, "quick")
+    assert head[2] == "lookup-probe minus lookup-erasure"
+    assert row[:2] == [PRESET, "relearning"]
+    assert row[2].startswith("0.40 [")
+    assert float(row[3]) < 0.05
+    assert len(beyond_table(tables, "standard")) == 1
+
+
+def test_arms_with_fact_lookups_components_are_named(tables):
+    assert same_edits(tables)[1:] == [["random-mlps", "80%, 90%"], ["all-mlps", "100%, 90%"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([HOLDS, HOLDS, OPEN], HOLDS),
+        ([HOLDS, OPEN, OPEN], OPEN),  # not most of them
+        ([HOLDS, "same", "same"], HOLDS),  # these do not count
+        ([HOLDS, HOLDS, DOES_NOT], OPEN),
+        ([DOES_NOT, OPEN, OPEN], DOES_NOT),
+        ([OPEN, "same"], OPEN),
+    ],
+)
+def test_one_word_for_a_claim(words, expected):
+    rows = [
+        (
+            CLAIMS[0].name,
+            PRESET,
+            "quick",
+            f"arm {i}",
+            OPEN if word == "same" else word,
+            SAME_EDIT if word == "same" else "",
+        )
+        for i, word in enumerate(words)
+    ]
+    claims = pd.DataFrame(rows, columns=pd.Index(["claim", "preset", "level", "against", "word", "why"]))
+    assert verdict(claims, CLAIMS[0]).startswith(f"{expected} ({len(words)} comparisons")
+
+
+def test_tables_are_markdown():
+    assert markdown([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    assert markdown([["a", "b"]]) == "(Nothing was measured.)"
