@@ -1,5 +1,6 @@
 """General capability: the questions of a task of lm-evaluation-harness."""
 
+import random
 from typing import Annotated, Any
 
 import pandas as pd
@@ -46,15 +47,16 @@ def capability_rows(
     manager = TaskManager(include_path=include)
     if task not in manager.all_tasks:
         raise ValueError(f"capability: got task {task!r}, allowed: those of lm-eval (`lm_eval ls tasks`)")
-    mode = model.hf.training
+    mode, state = model.hf.training, random.getstate()  # the data sets' library draws from the global one
     try:
         found: Any = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model.hf, tokenizer=model.tokenizer, batch_size=batch_size),
             tasks=[task], num_fewshot=shots, limit=max_questions, log_samples=True, bootstrap_iters=0,
-            task_manager=manager,
+            task_manager=manager, random_seed=None, numpy_random_seed=None, torch_random_seed=None,
         )  # fmt: skip
     finally:
         model.hf.train(mode)
+        random.setstate(state)
     asked = [(name, sample) for name, samples in found["samples"].items() for sample in samples]
     if any("acc" not in sample for _, sample in asked):
         raise ValueError(f"capability: task {task!r} is not scored by `acc`; give one of single questions with options")

@@ -2,6 +2,7 @@ import json
 import random
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,7 +42,7 @@ def folder(tmp_path, monkeypatch):
 def test_questions_are_scored_as_we_score_them_and_everything_is_left_as_found(tiny_model, folder):
     path, questions = folder
     model = tiny_model("llama")
-    before, states = model.sha256, (torch.get_rng_state(), random.getstate())
+    before, states = model.sha256, (torch.get_rng_state(), random.getstate(), str(np.random.get_state()))  # noqa: NPY002
     model.hf.train()
     rows = capability_rows(model, "birthplaces", include=str(path))
     assert model.hf.training
@@ -55,6 +56,7 @@ def test_questions_are_scored_as_we_score_them_and_everything_is_left_as_found(t
     assert model.sha256 == before
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
+    assert str(np.random.get_state()) == states[2]  # noqa: NPY002
     assert len(capability_rows(model, "birthplaces", include=str(path), max_questions=2)) == 2
 
 
