@@ -1,8 +1,7 @@
 """AlphaEdit: MEMIT's updates, confined to directions in which other text has next to no keys."""
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Unpack
 
 import torch
 from jaxtyping import Float
@@ -12,7 +11,7 @@ from torch import Tensor
 from mechunlearn.edit import EDITORS
 from mechunlearn.edit.closed_form import closed_form_edit, up_to
 from mechunlearn.edit.edits import WeightEdit
-from mechunlearn.edit.losses import Forms
+from mechunlearn.edit.options import Solving, filled
 from mechunlearn.edit.spreading import spread
 from mechunlearn.facts import FactSplit
 from mechunlearn.masks import ParameterMask
@@ -25,23 +24,9 @@ def alphaedit(
     mask: ParameterMask,
     split: FactSplit,
     *,
-    steps: Annotated[int, Field(ge=0)] = 25,
-    learning_rate: Annotated[float, Field(gt=0)] = 0.05,
     null_share: Annotated[float, Field(gt=0, lt=1)] = 0.1,
     ridge: Annotated[float, Field(gt=0)] = 0.1,
-    layer: Annotated[int | None, Field(ge=0)] = None,
-    kl_weight: Annotated[float, Field(ge=0)] = 0.0625,
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0,
-    clamp_norm: Annotated[float, Field(ge=0)] = 0.75,
-    forms: Forms = "prompt",
-    prefixes: Annotated[int, Field(ge=0)] | Sequence[str] = 2,
-    essence: Sequence[str] = ("{} is a",),
-    text: Sequence[str] | None = None,
-    n_texts: Annotated[int, Field(ge=1)] = 1000,
-    retain_share: Annotated[float, Field(ge=0, le=1)] = 0.5,
-    cache: bool | str = True,
-    batch_size: Annotated[int, Field(ge=1)] = 64,
-    seed: int = 0,
+    **solving: Unpack[Solving],
 ) -> WeightEdit:
     """Give each forgotten fact its `target_new`, spread over all masked MLPs, off the directions of other text's keys.
 
@@ -58,7 +43,7 @@ def alphaedit(
         null_share: how much of the squared length of the text's keys may be touched.
         ridge: how much of what is missing is given up, of each key's share in the null space, to keep updates short.
 
-    All other options are those of `memit`.
+    All other options are those of `Solving`.
 
     Raises:
         ValueError: a mask without MLP output projections, a fact without `target_new`, a loss that is not finite, or
@@ -69,7 +54,7 @@ def alphaedit(
         C it has. All facts are edited at once, so there are no keys of earlier edits.
     Source: Fang et al. 2024, arXiv:2410.02355, sections 3.1 and 3.2.
     """
-    options = {name: value for name, value in locals().items() if name not in ("model", "mask", "split", "cache")}
+    options = filled(solving, Solving)
     n_free: list[int] = []
 
     def solve(second_moment: Tensor, keys: Tensor, missing: Tensor) -> Tensor:
@@ -79,7 +64,8 @@ def alphaedit(
 
     edit = closed_form_edit(
         model, mask, split, partial(spread, model, solve=solve),
-        method="alphaedit", options=options, cache=cache, layers=up_to(model, layer, "alphaedit"),
+        method="alphaedit", own={"null_share": null_share, "ridge": ridge}, solving=options,
+        layers=up_to(model, options["layer"], "alphaedit"),
     )  # fmt: skip
     if n_free and not any(n_free):
         raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from mechunlearn.edit.covariance import cache_folder, second_moments
 from mechunlearn.edit.edits import WeightEdit
 from mechunlearn.edit.keys_values import Row, rows_of
+from mechunlearn.edit.options import Filled
 from mechunlearn.edit.projections import Projections, masked_projections, projections
 from mechunlearn.edit.value_search import ValueSearch
 from mechunlearn.facts import Fact, FactSplit, hash_facts
@@ -31,21 +32,25 @@ def closed_form_edit(
     write: Write,
     *,
     method: str,
-    options: Mapping[str, Any],
-    cache: bool | str,
+    own: Mapping[str, Any],
+    solving: Filled,
     layers: Callable[[list[int]], list[int]],
 ) -> WeightEdit:
     """Let `write` change the masked output projections, and keep what became of them; the model stays as it is.
 
     Args:
-        options: of the editor; those of texts, C and search are read from here.
-        cache: see `covariance.cache_folder`; no part of the record, for it changes nothing.
+        own: the editor's own options, for the record.
+        solving: the others; where C is kept is no part of the record, for it changes nothing.
         layers: which of the masked layers are edited, such as `up_to(model, layer, method)`.
 
     Raises:
         ValueError: a mask without output projections, or facts that cannot be edited.
     """
-    options = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    cache = solving["cache"]
+    options = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in {**own, **solving}.items() if name != "cache"
+    }  # fmt: skip
     edited = masked_projections(model, mask, method, layers)
     losses, base_sha256 = torch.zeros(0, 1), model.sha256
     with projections(model, edited) as weights:

@@ -1,8 +1,7 @@
 """MEMIT: many facts at once, by one least-squares update of each masked MLP's output projection."""
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Unpack
 
 import torch
 from jaxtyping import Float
@@ -13,7 +12,7 @@ from mechunlearn.edit import EDITORS
 from mechunlearn.edit.closed_form import closed_form_edit, up_to
 from mechunlearn.edit.edits import WeightEdit
 from mechunlearn.edit.least_squares import damped
-from mechunlearn.edit.losses import Forms
+from mechunlearn.edit.options import Solving, filled
 from mechunlearn.edit.spreading import spread
 from mechunlearn.facts import FactSplit
 from mechunlearn.masks import ParameterMask
@@ -26,22 +25,8 @@ def memit(
     mask: ParameterMask,
     split: FactSplit,
     *,
-    steps: Annotated[int, Field(ge=0)] = 25,
-    learning_rate: Annotated[float, Field(gt=0)] = 0.05,
     covariance_weight: Annotated[float, Field(gt=0)] = 1.5,
-    layer: Annotated[int | None, Field(ge=0)] = None,
-    kl_weight: Annotated[float, Field(ge=0)] = 0.0625,
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0,
-    clamp_norm: Annotated[float, Field(ge=0)] = 0.75,
-    forms: Forms = "prompt",
-    prefixes: Annotated[int, Field(ge=0)] | Sequence[str] = 2,
-    essence: Sequence[str] = ("{} is a",),
-    text: Sequence[str] | None = None,
-    n_texts: Annotated[int, Field(ge=1)] = 1000,
-    retain_share: Annotated[float, Field(ge=0, le=1)] = 0.5,
-    cache: bool | str = True,
-    batch_size: Annotated[int, Field(ge=1)] = 64,
-    seed: int = 0,
+    **solving: Unpack[Solving],
 ) -> WeightEdit:
     """Give each forgotten fact its `target_new`, spread over all masked MLPs, by least squares against other text.
 
@@ -54,22 +39,12 @@ def memit(
     C the second moment of the keys of text and retained facts. Only masked entries of output projections change.
 
     Args:
-        steps, learning_rate: of the search; a step moves a value by about `learning_rate` of the stream's length.
         covariance_weight: 1 meets a key like any of the text's half way; more of it keeps more. In a mask of some
             neurons, d_mlp is their number.
         layer: the layer that values are searched for, and the last that is edited; None is the last that the mask
             selects (the model's last only if it is alone). Later than where attention reads subjects none are found.
-        kl_weight, essence: how much the next token after the essence prompts, and after the subjects' own facts in
-            `retain_train`, is to stay; nats a nat.
-        weight_decay: on the squared length of a value, in lengths of the stream.
-        clamp_norm: the longest value, in lengths of the stream.
-        forms: "all" asks for values that serve the paraphrases, too.
-        prefixes: texts, or the number of neutral sentences, that stand before prompts; keys and values are means over
-            all these and the bare prompt.
-        text: what to keep the model by; None means `n_texts` passages of the bundled neutral text.
-        retain_share: the part of C that is of statements of `retain_train`.
-        cache: where the text's part of C is kept: a folder, True ($MECHUNLEARN_CACHE or the user's cache) or False.
-        batch_size: texts in a forward pass; changes nothing but speed.
+
+    All other options are those of `Solving`.
 
     Raises:
         ValueError: a mask without MLP output projections or without `layer`, a fact without `target_new`, a loss that
@@ -82,11 +57,13 @@ def memit(
         the norm that follows the MLP, and shares of the stream taken back through it (`projections.before_norm`).
     Source: Meng et al. 2022, arXiv:2210.07229, sections 4.2 and 4.3.
     """
-    options = {name: value for name, value in locals().items() if name not in ("model", "mask", "split", "cache")}
+    options = filled(solving, Solving)
     write = partial(spread, model, solve=partial(against_text, weight=covariance_weight))
     return closed_form_edit(
-        model, mask, split, write, method="memit", options=options, cache=cache, layers=up_to(model, layer, "memit")
-    )
+        model, mask, split, write,
+        method="memit", own={"covariance_weight": covariance_weight}, solving=options,
+        layers=up_to(model, options["layer"], "memit"),
+    )  # fmt: skip
 
 
 def against_text(

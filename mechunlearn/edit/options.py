@@ -1,4 +1,4 @@
-"""What every trained editor takes: the options of the loop, of what is kept, and of when to stop."""
+"""What every trained editor takes (the loop, what is kept, when to stop), and what every closed-form editor takes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypedDict, get_type_hints
@@ -68,15 +68,75 @@ class Unkept(Training, total=False):
     text_weight: Annotated[float, Field(ge=0, default=0.0)]
 
 
+class Solving(TypedDict, total=False):
+    """Options of a closed-form editor: of the search for values, of what is kept, and of where to edit."""
+
+    steps: Annotated[int, Field(ge=0, default=25, description="of the search")]
+    learning_rate: Annotated[
+        float,
+        Field(gt=0, default=0.05, description="a step moves a value by about so much of the stream's length"),
+    ]
+    layer: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            default=None,
+            description="that values are searched for, the last that is edited; None: by editor",
+        ),
+    ]
+    kl_weight: Annotated[
+        float,
+        Field(
+            ge=0, default=0.0625,
+            description="how much the next token after the essence prompts, and after the subjects' own facts in "
+            "`retain_train`, is to stay; nats a nat",
+        ),
+    ]  # fmt: skip
+    weight_decay: Annotated[
+        float, Field(ge=0, default=0.0, description="on the squared length of a value, in lengths of the stream")
+    ]
+    clamp_norm: Annotated[float, Field(ge=0, default=0.75, description="the longest value, in lengths of the stream")]
+    forms: Annotated[Forms, Field(default="prompt", description="all: values that serve the paraphrases, too")]
+    prefixes: Annotated[
+        Annotated[int, Field(ge=0)] | Sequence[str],
+        Field(
+            default=2,
+            description="texts, or the number of neutral sentences, that stand before prompts; keys and values are "
+            "means over all these and the bare prompt",
+        ),
+    ]
+    essence: Annotated[Sequence[str], Field(default=("{} is a",), description="see kl_weight")]
+    text: Annotated[
+        Sequence[str] | None,
+        Field(default=None, description="to keep the model by; None: `n_texts` passages of the bundled neutral text"),
+    ]
+    n_texts: Annotated[int, Field(ge=1, default=1000)]
+    retain_share: Annotated[
+        float, Field(ge=0, le=1, default=0.5, description="the part of C that is of statements of `retain_train`")
+    ]
+    cache: Annotated[
+        bool | str,
+        Field(
+            default=True,
+            description="where the text's part of C is kept: a folder, True ($MECHUNLEARN_CACHE or the user's cache) "
+            "or False",
+        ),
+    ]
+    batch_size: Annotated[
+        int, Field(ge=1, default=64, description="texts in a forward pass; changes nothing but speed")
+    ]
+    seed: Annotated[int, Field(default=0)]
+
+
 Filled = Mapping[str, Any]
-"""Every option of `Training`, by name."""
+"""Every option of `Training` or `Solving`, by name."""
 
 
 def filled(given: Mapping[str, Any], kind: type = Training) -> Filled:
     """The options given, with the defaults of the others.
 
     Args:
-        kind: `Training`, or one of its variants with other defaults: the one that the editor's `**training` unpacks.
+        kind: `Training`, a variant of it with other defaults, or `Solving`: what the editor's last argument unpacks.
 
     Raises:
         TypeError: an option that there is not.

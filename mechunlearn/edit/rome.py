@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
 from mechunlearn.edit import EDITORS
@@ -14,7 +13,7 @@ from mechunlearn.edit.closed_form import Moments, closed_form_edit, up_to
 from mechunlearn.edit.edits import WeightEdit
 from mechunlearn.edit.keys_values import Row
 from mechunlearn.edit.least_squares import damped, masked_update
-from mechunlearn.edit.losses import Forms
+from mechunlearn.edit.options import Solving, filled
 from mechunlearn.edit.projections import Projections
 from mechunlearn.edit.value_search import ValueSearch, found_values
 from mechunlearn.facts import FactSplit
@@ -27,22 +26,7 @@ def rome(
     model: Model,
     mask: ParameterMask,
     split: FactSplit,
-    *,
-    steps: Annotated[int, Field(ge=0)] = 25,
-    learning_rate: Annotated[float, Field(gt=0)] = 0.05,
-    layer: Annotated[int | None, Field(ge=0)] = None,
-    kl_weight: Annotated[float, Field(ge=0)] = 0.0625,
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0,
-    clamp_norm: Annotated[float, Field(ge=0)] = 0.75,
-    forms: Forms = "prompt",
-    prefixes: Annotated[int, Field(ge=0)] | Sequence[str] = 2,
-    essence: Sequence[str] = ("{} is a",),
-    text: Sequence[str] | None = None,
-    n_texts: Annotated[int, Field(ge=1)] = 1000,
-    retain_share: Annotated[float, Field(ge=0, le=1)] = 0.5,
-    cache: bool | str = True,
-    batch_size: Annotated[int, Field(ge=1)] = 64,
-    seed: int = 0,
+    **solving: Unpack[Solving],
 ) -> WeightEdit:
     """Give each forgotten fact its `target_new` by a rank-one update of one masked MLP's output projection.
 
@@ -60,7 +44,7 @@ def rome(
     Args:
         layer: whose MLP is edited; None is the middle one of those that the mask selects, the lower of two.
 
-    All other options are those of `memit`.
+    All other options are those of `Solving`.
 
     Raises:
         ValueError: a mask without MLP output projections or without this layer's, a fact without `target_new`, a
@@ -70,7 +54,7 @@ def rome(
         Gemma the value is what the projection writes, before the norm that follows.
     Source: Meng et al. 2022, arXiv:2202.05262, section 3.1; Gupta et al. 2024, arXiv:2403.07175 (r-ROME).
     """
-    options = {name: value for name, value in locals().items() if name not in ("model", "mask", "split", "cache")}
+    options = filled(solving, Solving)
 
     def one_after_another(
         weights: Projections, moments: Moments, rows: Sequence[Row], search: ValueSearch
@@ -85,12 +69,12 @@ def rome(
         return torch.cat(losses, dim=1)
 
     def middle(masked: list[int]) -> list[int]:
-        chosen = up_to(model, layer, "rome")(masked)
-        return chosen[-1:] if layer is not None else [chosen[(len(chosen) - 1) // 2]]
+        chosen = up_to(model, options["layer"], "rome")(masked)
+        return chosen[-1:] if options["layer"] is not None else [chosen[(len(chosen) - 1) // 2]]
 
     return closed_form_edit(
         model, mask, split, one_after_another,
-        method="rome", options=options, cache=cache, layers=middle,
+        method="rome", own={}, solving=options, layers=middle,
     )  # fmt: skip
 
 
