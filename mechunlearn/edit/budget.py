@@ -16,7 +16,8 @@ from mechunlearn.prompts import render
 
 N_WATCHED = 48
 CHECKS = 12  # per training: a check costs about as much as a step
-BISECTIONS = 5
+BISECTIONS = 5  # to within 1/32 of the way
+MORE_BISECTIONS = 10  # where not even 1/32 of the way is inside
 
 
 @dataclass(kw_only=True, eq=False)
@@ -85,7 +86,9 @@ class Budget:
         """Go as far from the last state inside towards the present one as the limit allows, to within 1/32."""
         outside, inside = _copy(self.trainable), self._inside
         low, high = 0.0, 1.0
-        for _ in range(BISECTIONS):
+        for n in range(BISECTIONS + MORE_BISECTIONS):
+            if n >= BISECTIONS and low > 0:
+                break
             share = (low + high) / 2
             self._set(inside, outside, share)
             damage = self.measure()

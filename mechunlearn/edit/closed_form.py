@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechunlearn.edit.budget import brought_within, set_aside
 from mechunlearn.edit.covariance import cache_folder, second_moments
 from mechunlearn.edit.edits import WeightEdit
 from mechunlearn.edit.keys_values import Row, rows_of
@@ -52,24 +53,29 @@ def closed_form_edit(
         for name, value in {**own, **solving}.items() if name != "cache"
     }  # fmt: skip
     edited = masked_projections(model, mask, method, layers)
-    losses, base_sha256 = torch.zeros(0, 1), model.sha256
+    losses, base_sha256, limit = torch.zeros(0, 1), model.sha256, solving["max_damage"]
+    watched, retained = ((), split.retain_train) if limit is None else set_aside(split.retain_train, split.forget)
+    notes: Mapping[str, Any] = {}
     with projections(model, edited) as weights:
         if weights.layers:
             rows = rows_of(
-                model, split.forget, split.retain_train, forms=options["forms"], prefixes=options["prefixes"],
+                model, split.forget, retained, forms=options["forms"], prefixes=options["prefixes"],
                 essence=options["essence"], seed=options["seed"],
             )  # fmt: skip
             moments = kept_moments(
-                model, weights.layers, split.retain_train, options["text"], n_texts=options["n_texts"],
+                model, weights.layers, retained, options["text"], n_texts=options["n_texts"],
                 retain_share=options["retain_share"], cache=cache,
             )  # fmt: skip
             search = ValueSearch(**{field.name: options[field.name] for field in fields(ValueSearch)})
             losses = write(weights, moments, rows, search)
         values = weights.values()
+    if limit is not None and values:
+        values, notes = brought_within(model, edited, values, watched, limit=limit)
     return WeightEdit(
         values=values, mask=edited, base_name=model.name, base_sha256=base_sha256,
         method=method, options=options, seed=options["seed"],
         facts_sha256=hash_facts((*split.forget, *split.retain_train)), history=tuple(losses.mean(dim=1).tolist()),
+        notes=notes,
     )  # fmt: skip
 
 

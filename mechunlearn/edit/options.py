@@ -114,6 +114,14 @@ class Solving(TypedDict, total=False):
     retain_share: Annotated[
         float, Field(ge=0, le=1, default=0.5, description="the part of C that is of statements of `retain_train`")
     ]
+    max_damage: Annotated[
+        float | None,
+        Field(
+            gt=0, default=None,
+            description="nats: the whole change is scaled down until it disturbs watched retained facts no more; these "
+            "are in no C. See budget",
+        ),
+    ]  # fmt: skip
     cache: Annotated[
         bool | str,
         Field(

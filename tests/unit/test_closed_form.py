@@ -575,3 +575,26 @@ def test_options_are_checked():
         for bad in ({"steps": -1}, {"prefixes": -1}, {"retain_share": 2.0}, {"learning_rate": 0.0}):
             with pytest.raises(ValueError, match=next(iter(bad))):
                 method.validate(bad)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_budget_scales_the_whole_change_down(method, tiny_model, split):
+    model = tiny_model()
+    mask = mlps(model, 1, 2)
+    editor = partial(EDITORS.get(method).function, model, mask, split, **QUICK, clamp_norm=50.0, learning_rate=2.0)
+    generous = editor(max_damage=100.0)
+    assert generous.notes["damage"] > 0
+    limit = generous.notes["damage"] / 4
+    held = editor(max_damage=limit)
+    assert 0.8 * limit < held.notes["damage"] <= limit
+    parameters = dict(model.hf.named_parameters())
+    shares = []
+    for name, value in held.values.items():
+        base = parameters[name].detach()[held.mask.full(name)]
+        whole, part = generous.values[name] - base, value - base
+        shares.append(float((part @ whole) / (whole @ whole)))
+        torch.testing.assert_close(part, shares[-1] * whole, atol=1e-5, rtol=1e-3)
+    assert all(0 < share < 1 for share in shares)
+    assert max(shares) - min(shares) < 1e-3
+
+    assert not editor().notes
