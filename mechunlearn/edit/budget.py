@@ -16,13 +16,15 @@ from mechunlearn.prompts import render
 
 N_WATCHED = 48
 CHECKS = 12  # per training: a check costs about as much as a step
+PATIENCE = 4  # checks in a row beyond the limit: the first steps disturb what later ones mend
+RUNAWAY = 20.0  # times the limit: no later step mends that
 BISECTIONS = 5  # to within 1/32 of the way
 MORE_BISECTIONS = 10  # where not even 1/32 of the way is inside
 
 
 @dataclass(kw_only=True, eq=False)
 class Budget:
-    """Watches the damage while a `Trainable` is trained, and brings it back to the limit once that is passed.
+    """Watches the damage while a `Trainable` is trained; where it stays beyond the limit, ends and brings it back.
 
     Damage is the mean KL(original || edited) over the tokens of watched retained prompts, in nats: the measure that
     `evaluate` takes on `retain_test`, on facts that are in neither the training nor the test.
@@ -38,6 +40,7 @@ class Budget:
     stopped_at: int | None = None
     """The step after which training ended early."""
     _inside: dict[str, Tensor] = field(default_factory=dict)
+    _beyond: int = 0
 
     @classmethod
     def of(cls, model: Model, trainable: Trainable, watched: Sequence[Fact], *, limit: float, steps: int) -> "Budget":
@@ -59,7 +62,10 @@ class Budget:
             return False
         now = self.measure()
         if now <= self.limit:
-            self._inside, self.damage = _copy(self.trainable), now
+            self._inside, self.damage, self._beyond = _copy(self.trainable), now, 0
+            return False
+        self._beyond += 1
+        if self._beyond < PATIENCE and now < RUNAWAY * self.limit:
             return False
         self._bisect()
         self.stopped_at = step

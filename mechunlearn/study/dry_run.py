@@ -116,7 +116,7 @@ def _hours(
     edited = {arm.name: study.seeds * sides * (study.draws if arm.name == "random-mlps" else 1) for arm in arms}
     edit = {
         arm.name: study.blocks * edit_flops(
-            model, arm.mask, rows=task.batch_size, steps=task.steps, accumulation=task.accumulation
+            model, arm.mask, rows=task.batch_size, steps=study.steps_of(task), accumulation=task.accumulation
         )
         for arm in arms
     }  # fmt: skip

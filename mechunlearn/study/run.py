@@ -82,10 +82,10 @@ class Part:
         """An editor's options for one block."""
         task = self.model.tasks[self.study.task]
         if arm.editor == "lookup_erasure":
-            return {"max_damage": task.max_damage / self.study.blocks, **options}
+            return {"max_damage": task.max_damage, **options}
         return {
-            "steps": task.steps, "batch_size": task.batch_size, "accumulation": task.accumulation,
-            "max_damage": task.max_damage / self.study.blocks, "rank": task.rank.get(arm.name), **options,
+            "steps": self.study.steps_of(task), "batch_size": task.batch_size, "accumulation": task.accumulation,
+            "max_damage": task.max_damage, "rank": task.rank.get(arm.name), **options,
         }  # fmt: skip
 
     def n_entries(self, seed: int) -> int:

@@ -22,6 +22,8 @@ class NSettings(Strict):
     """What another number of facts to forget asks for, in place of the task's own."""
 
     n_mlps: Annotated[int, Field(ge=1)] | None = None
+    steps: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] | None = None
     start: dict[str, Trial] | None = None
     components: dict[str, list[str]] | None = None
 
@@ -39,7 +41,7 @@ class TaskSettings(Strict):
     accumulation: Annotated[int, Field(ge=1)] = 1
     """Batches a step."""
     max_damage: Annotated[float, Field(gt=0)] = 0.05
-    """KL(original || edited) on retained prompts, nats a token: every edit ends there at the latest."""
+    """KL(before || after) on retained prompts, nats a token: every edit ends there at the latest."""
     trials: Annotated[list[Trial], Field(min_length=1)]
     """What the tuner tries, the same for every arm."""
     start: dict[str, Trial] = Field(default_factory=dict)
@@ -112,6 +114,8 @@ class StudySettings(Strict):
     """Facts to forget, drawn anew under every seed; None: all of them."""
     blocks: Annotated[int, Field(ge=1)] = 1
     """Parts that are forgotten one after another, each located anew."""
+    steps_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of the task's steps, for each part."""
     model: str = "atlas"
     """Which model's file: the line to change."""
     seed: int = 0
@@ -124,6 +128,10 @@ class StudySettings(Strict):
     """Edit what was published for an arm in place of what is found here, where there is anything."""
     device: str = "auto"
     workers: Annotated[int, Field(ge=1)] = 2
+
+    def steps_of(self, task: TaskSettings) -> int:
+        """Training steps of an edit."""
+        return max(1, round(self.steps_share * task.steps))
 
 
 def study_presets() -> tuple[str, ...]:

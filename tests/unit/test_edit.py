@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from mechunlearn import masks
 from mechunlearn.components import Component
 from mechunlearn.edit import EDITORS
-from mechunlearn.edit.budget import set_aside
+from mechunlearn.edit.budget import Budget, set_aside
 from mechunlearn.edit.edits import WeightEdit, applied, export_edit, load_edit, save_edit
 from mechunlearn.edit.forget import forget
 from mechunlearn.edit.inject import inject
@@ -412,6 +412,25 @@ def test_an_edit_ends_at_its_disruption_budget(tiny_model, split):
     generous = inject(model, mask, split, **strong, max_damage=100.0)
     assert generous.notes["stopped_at"] is None
     assert generous.notes["damage"] == pytest.approx(retained_kl(model, split, generous))
+
+
+@pytest.mark.parametrize(
+    ("damages", "stops_at"),
+    [
+        ((0.5, 2.0, 3.0, 0.8, 2.0, 2.0, 2.0), None),  # the first steps disturb what later ones mend
+        ((0.5, 2.0, 2.0, 2.0, 2.0, 0.5), 5),
+        ((0.5, 50.0, 0.5), 2),
+        ((0.5, float("nan"), 0.5), 2),
+    ],
+)
+def test_a_training_ends_where_it_stays_beyond_the_budget(damages, stops_at, tiny_model, split, monkeypatch):
+    model = tiny_model()
+    trainable = masked_trainable(model, masks.mask_of(model, [MLP]))
+    budget = Budget.of(model, trainable, split.retain_train[:2], limit=1.0, steps=1)
+    found = iter((*damages, *[0.0] * 20))
+    monkeypatch.setattr(Budget, "measure", lambda _: next(found))
+    ends = next((step for step in range(1, len(damages) + 1) if budget(step)), None)
+    assert ends == stops_at == budget.stopped_at
 
 
 def test_a_watched_fact_is_not_trained_on_and_both_kinds_are_watched(split):
