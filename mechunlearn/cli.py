@@ -490,7 +490,7 @@ def bench_coverage(
 
 
 PresetsArgument = Annotated[
-    list[str] | None, typer.Argument(help="Presets of the study or TOML files; none: all but the quick one.")
+    list[str] | None, typer.Argument(help="Presets of the study or TOML files; none: the paper's six.")
 ]
 StudyOut = Annotated[Path, typer.Option("--out", help="Folder of finished jobs and tables.")]
 StudyModel = Annotated[

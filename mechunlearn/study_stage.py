@@ -13,19 +13,19 @@ from mechunlearn.study.run import Part, Progress, estimate, parts_of, run_study
 from mechunlearn.study.settings import load_study, study_presets
 from mechunlearn.study.tables import StudyTables, study_tables
 
-QUICK = "quick"
+QUICK, EDITORS = "quick", "editors"
 
 
 def chosen_parts(
     presets: Sequence[str], out: Path, *, model: str | None, seeds: int | None, device: str, workers: int
 ) -> list[Part]:
-    """The presets to run, all but the quick one where none is named.
+    """The presets to run, the paper's six where none is named.
 
     Raises:
         FileNotFoundError: an unknown preset or model.
         ValueError: settings that do not fit.
     """
-    names = list(presets) or [name for name in study_presets() if name != QUICK]
+    names = list(presets) or [name for name in study_presets() if name not in (QUICK, EDITORS)]
     loaded = [load_study(name, model=model, seeds=seeds, device=device, workers=workers) for name in names]
     return parts_of(loaded, out)
 

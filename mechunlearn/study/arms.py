@@ -48,13 +48,21 @@ ARMS = (
     # beyond the paper: the same MLPs, but what they look up is erased, not overwritten
     Arm(name=ERASURE, localizer="fact_lookup_probe", options={"draws": 1}, standard=True, editor="lookup_erasure"),
 )
+EDITORS_COMPARED = (
+    "forget", "gradient_ascent", "gradient_difference", "npo", "simnpo", "idk_dpo", "rmu", "weight_mask", "rome",
+    "memit", "alphaedit",
+)  # fmt: skip
+EDITOR_ARMS = tuple(
+    Arm(name=editor, localizer="fact_lookup_probe", options={"draws": 1}, editor=editor) for editor in EDITORS_COMPARED
+)
+"""Other ways to edit the MLPs of fact lookup; `LOOKUP` itself is `inject`."""
 DRAWN = ("random", RANDOM_MLPS)
 """Arms that are drawn: `draw` tells draws of one seed apart."""
 
 
 def arm_named(name: str) -> Arm:
     """The arm of that name, without the number of a draw."""
-    return next(arm for arm in ARMS if arm.name == name.partition("#")[0])
+    return next(arm for arm in (*ARMS, *EDITOR_ARMS) if arm.name == name.partition("#")[0])
 
 
 def n_matched(model: Model, task: TaskSettings) -> int:

@@ -17,6 +17,7 @@ from mechunlearn.study.arms import (
     ALL_MLPS,
     ARMS,
     DRAWN,
+    EDITOR_ARMS,
     LOOKUP,
     NONLOCALIZED,
     Arm,
@@ -27,13 +28,12 @@ from mechunlearn.study.arms import (
 from mechunlearn.study.deals import dealt
 from mechunlearn.study.jobs import Job, Level, Outcome, carry_out, is_done
 from mechunlearn.study.settings import ModelSettings, StudySettings
+from mechunlearn.study.tuner import editor_options, score, trial_options
 
 Located = Mapping[str, Sequence[Sequence[str]]]
 """Arm (with "#k" for the k-th draw) -> the components of each block, best first."""
 Progress = Callable[[str, float, float], None]
 DEVELOPMENT = 1000  # added to the seed: the deal that editors are tuned on
-KEEP_WEIGHTS = (5.0, 1.25, 2.5, 10.0)
-"""What the tuner tries where there is no learning rate."""
 COPIED = {"random-mlps#0": LOOKUP, ALL_MLPS: NONLOCALIZED}
 """Arms that are run a second time with the options of another, which the paper gave them in place of their own."""
 LEVELS: tuple[Level, ...] = ("quick", "standard")
@@ -78,27 +78,17 @@ class Part:
         """What `locate` wrote."""
         return json.loads(_located_path(self, seed).read_text(encoding="utf-8"))["arms"]
 
-    def options(self, arm: Arm, options: Mapping[str, Any]) -> dict[str, Any]:
-        """An editor's options for one block."""
-        task = self.model.tasks[self.study.task]
-        if arm.editor == "lookup_erasure":
-            return {"max_damage": task.max_damage, **options}
-        return {
-            "steps": self.study.steps_of(task), "batch_size": task.batch_size, "accumulation": task.accumulation,
-            "max_damage": task.max_damage, "rank": task.rank.get(arm.name), **options,
-        }  # fmt: skip
-
     def n_entries(self, seed: int) -> int:
         """What a matched arm edits."""
         return json.loads(_located_path(self, seed).read_text(encoding="utf-8"))["n_matched"]
 
     def job(self, name: str, seed: int, options: Mapping[str, Any], **more: Any) -> Job:
         """The job of an arm (or a draw of it)."""
-        arm = arm_named(name)
+        arm, task = arm_named(name), self.model.tasks[self.study.task]
         return Job(
             study=self.study, model=self.model, seed=seed, blocks=tuple(map(tuple, self.located(seed)[name])),
-            n_entries=self.n_entries(seed) if arm.matched else None, options=self.options(arm, options),
-            editor=arm.editor, **more,
+            n_entries=self.n_entries(seed) if arm.matched else None, editor=arm.editor,
+            options=editor_options(arm, self.study, task) | options, **more,
         )  # fmt: skip
 
 
@@ -138,10 +128,9 @@ def trials(part: Part) -> dict[str, list[tuple[dict[str, Any], Job]]]:
     tried: dict[str, list[tuple[dict[str, Any], Job]]] = {}
     for arm in part.arms:
         name = f"{arm.name}#0" if arm.name in DRAWN else arm.name
-        listed = [{"learning_rate": rate, "inject_weight": weight} for rate, weight in task.trials]
-        if arm.editor == "lookup_erasure":  # as many trials as the others have
-            listed = [{"keep_weight": KEEP_WEIGHTS[i % len(KEEP_WEIGHTS)]} for i in range(len(task.trials))]
-        tried[arm.name] = [(options, part.job(name, seed, options, level="tune")) for options in listed]
+        tried[arm.name] = [
+            (options, part.job(name, seed, options, level="tune")) for options in trial_options(arm, task)
+        ]
     return tried
 
 
@@ -149,7 +138,7 @@ def tuned(part: Part) -> dict[str, dict[str, Any]]:
     """Of every arm the options with the best score; the first of equals."""
     best: dict[str, dict[str, Any]] = {}
     for arm, tried in trials(part).items():
-        scores = [Outcome.load(part.home / job.digest).record["score"]["score"] for _, job in tried]
+        scores = [score(arm_named(arm), Outcome.load(part.home / job.digest).record["score"]) for _, job in tried]
         best[arm] = tried[scores.index(max(scores))][0]
     return best
 
@@ -198,13 +187,20 @@ def parts_of(presets: Iterable[tuple[StudySettings, ModelSettings]], home: Path)
     """
     parts: list[Part] = []
     for study, model in presets:
-        names = study.arms or [arm.name for arm in ARMS]
+        names, every = study.arms or [arm.name for arm in ARMS], (*ARMS, *EDITOR_ARMS)
         for name in names:
-            if name not in (known := [arm.name for arm in ARMS]):
+            if name not in (known := [arm.name for arm in every]):
                 raise ValueError(f"study {study.name}: unknown arm {name!r}.{did_you_mean(name, known)}")
         if LOOKUP not in names:
             raise ValueError(f"study {study.name}: got arms {', '.join(names)}, which need {LOOKUP} to compare with")
-        parts.append(Part(study=study, model=model, arms=tuple(a for a in ARMS if a.name in names), home=home / "jobs"))
+        parts.append(
+            Part(
+                study=study,
+                model=model,
+                arms=tuple(a for a in every if a.name in names),
+                home=home / "jobs",
+            )
+        )
     return parts
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from mechunlearn.edit import EDITORS
 from mechunlearn.facts import with_edit_targets
 from mechunlearn.metrics import known_facts, score_facts
 from mechunlearn.sources.loading import load_facts
@@ -17,6 +18,7 @@ from mechunlearn.study.jobs import Job, carry_out, exact_mask, is_done, with_fal
 from mechunlearn.study.run import parts_of, run_study
 from mechunlearn.study.settings import load_study, study_models, study_presets
 from mechunlearn.study.tables import StudyTables, arm_table, difference_table
+from mechunlearn.study.tuner import editor_options, score, trial_options
 
 
 @pytest.fixture
@@ -70,6 +72,30 @@ def test_matched_arms_edit_exactly_as_many_entries_as_fact_lookup(name, architec
         assert mask.n_selected > n_matched(model, task)
     sublayer = {"neuron": "mlp", "head": "attention"}  # of a component that was cut
     assert all(sublayer.get(c.kind, c.kind) in arm.kinds for c in mask.components)
+
+
+def test_every_editor_is_compared_with_as_many_trials_that_it_takes():
+    study, model = load_study("editors")
+    arms = [arm_named(name) for name in study.arms]
+    assert sorted(arm.editor for arm in arms) == sorted(EDITORS.names())
+    task = model.tasks[study.task]
+    for arm in arms:
+        tried = [editor_options(arm, study, task) | options for options in trial_options(arm, task)]
+        assert len(tried) == len(task.trials)
+        assert len({str(options) for options in tried}) == len(tried)
+        for options in tried:
+            EDITORS.get(arm.editor).validate(options)
+
+
+def test_an_editor_that_teaches_no_wrong_answer_is_not_tuned_to_give_it():
+    shy, bold = (
+        {"forget": 0.1, "edit": 0.0, "maintain": 0.9, "score": 0.8},
+        {"forget": 0.2, "edit": 0.9, "maintain": 0.9},
+    )
+    bold |= {"score": 1.6}
+    teaching, forgetting = arm_named(LOOKUP), arm_named("forget")
+    assert score(teaching, bold) > score(teaching, shy)
+    assert score(forgetting, bold) < score(forgetting, shy)
 
 
 def test_draws_are_drawn_anew_and_again(tiny_model, split):
