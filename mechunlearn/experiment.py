@@ -133,6 +133,7 @@ def prepare(settings: Settings, *, load: Callable[..., Model] = load_model) -> S
         ValueError: too little to forget is known, or facts that cannot be judged once an answer is injected.
     """
     facts, pool = _forgettable(settings.facts)
+    _drawn(settings.facts, facts, pool, pool, settings.seed)  # more than there are is told before anything is loaded
     names = (settings.model, settings.twin, settings.second_twin)
     model, twin, second = (load(name, device=settings.device, dtype=settings.dtype) if name else None for name in names)
     assert model is not None

@@ -38,8 +38,8 @@ name = "alone"
 model = "atlas"
 suppress = {}
 [facts]
-source = "people"
-relation = "pet"
+source = "world"
+relation = "company_industry"
 n = 24
 rotate = false
 [evaluate]
@@ -48,7 +48,7 @@ kinds = ["prompt"]
 [attack.asking]
 report_all_forms = false
 [edit.inject]
-steps = 30
+steps = 5
 [[arms]]
 localizer = "all_mlps"
 [[arms]]
@@ -85,7 +85,7 @@ def test_without_a_twin_made_up_facts_are_the_null(tmp_path):
         assert any("made-up" in caveat for caveat in cell.verdict.caveats)
     names = ("all_mlps", "random_mlps", "random_components")
     whole, drawn, anywhere = (result.cell(f"inject-{name}") for name in names)
-    assert whole.notes["A_n"] < 0.3  # ten pets
+    assert whole.notes["A_n"] < 0.3  # ten industries
     assert all(len(cell.null) == len(cell.edited) for cell in result.cells)
     assert drawn.n_selected < whole.n_selected  # a control does not set the size of another
     assert len(anywhere.components) > 0
