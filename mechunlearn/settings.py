@@ -192,8 +192,11 @@ def load_settings(name_or_path: str | Path, changes: Mapping[str, Any] | None = 
     return run_settings(data, changes or {}, str(path))
 
 
-def read_preset(name_or_path: str | Path, names: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+def read_preset(name_or_path: str | Path, names: Sequence[str], folder: str = ".") -> tuple[Path, dict[str, Any]]:
     """The file of a preset among `names`, or the file of that path, and what is in it; its name is the file's own.
+
+    Args:
+        folder: of the presets, below the package's.
 
     Raises:
         FileNotFoundError: neither a preset nor a file.
@@ -201,7 +204,7 @@ def read_preset(name_or_path: str | Path, names: Sequence[str]) -> tuple[Path, d
     """
     path = Path(name_or_path)
     if str(name_or_path) in names:
-        path = Path(str(files("mechunlearn.presets"))) / f"{name_or_path}.toml"
+        path = Path(str(files("mechunlearn.presets"))) / folder / f"{name_or_path}.toml"
     elif not path.is_file():
         raise FileNotFoundError(f"no preset or file {str(name_or_path)!r}.{did_you_mean(str(name_or_path), names)}")
     try:

@@ -1,6 +1,5 @@
 """What the study runs: a preset (task and size) on a model, whose own file says what suits its size."""
 
-import tomllib
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,8 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from mechunlearn.attack import ATTACKS
 from mechunlearn.components import Component
 from mechunlearn.controls import SUPPRESSIONS
-from mechunlearn.registry import did_you_mean
-from mechunlearn.settings import FactsSettings, Options, Strict, check
+from mechunlearn.settings import FactsSettings, Options, Strict, check, read_preset
 
 TaskName = Literal["athletes", "sport", "counterfact"]
 Trial = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
@@ -153,11 +151,11 @@ def load_study(name_or_path: str | Path, **changes: Any) -> tuple[StudySettings,
         FileNotFoundError: neither a preset nor a file.
         ValueError: broken syntax, an unknown key, a value out of range, or a model without this task.
     """
-    path, data = _read(name_or_path, "study")
-    given = {"name": path.stem, **data} | {key: value for key, value in changes.items() if value is not None}
+    path, data = read_preset(name_or_path, study_presets(), "study")
+    given = data | {key: value for key, value in changes.items() if value is not None}
     study = check(StudySettings, given, str(path))
-    where, about = _read(study.model, "models")
-    model = check(ModelSettings, {"name": where.stem, **about}, str(where))
+    where, about = read_preset(study.model, study_models(), "models")
+    model = check(ModelSettings, about, str(where))
     if study.task not in model.tasks:
         raise ValueError(f"{where}: got no task '{study.task}', allowed for {model.name}: {', '.join(model.tasks)}")
     tasks = model.tasks | {study.task: model.tasks[study.task].at(study.n)}
@@ -168,15 +166,3 @@ def load_study(name_or_path: str | Path, **changes: Any) -> tuple[StudySettings,
 def _names(folder: str) -> tuple[str, ...]:
     home = files("mechunlearn.presets") / folder
     return tuple(sorted(Path(str(p)).stem for p in home.iterdir() if str(p).endswith(".toml")))
-
-
-def _read(name_or_path: str | Path, folder: str) -> tuple[Path, dict[str, Any]]:
-    names, path = _names(folder), Path(name_or_path)
-    if str(name_or_path) in names:
-        path = Path(str(files("mechunlearn.presets"))) / folder / f"{name_or_path}.toml"
-    elif not path.is_file():
-        raise FileNotFoundError(f"no preset or file {str(name_or_path)!r}.{did_you_mean(str(name_or_path), names)}")
-    try:
-        return path, tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid TOML: {error}") from None
