@@ -48,7 +48,7 @@ def closed_form_edit(
         ValueError: a mask without output projections, or facts that cannot be edited.
     """
     cache = solving["cache"]
-    options = {
+    options: dict[str, Any] = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in {**own, **solving}.items() if name != "cache"
     }  # fmt: skip

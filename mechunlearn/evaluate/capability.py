@@ -39,9 +39,9 @@ def capability_rows(
     Source: Gao et al., lm-evaluation-harness; MMLU and SciQ in arXiv:2410.12949 (section 4).
     """
     try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
+        import lm_eval  # pyright: ignore[reportMissingImports]  # an extra
+        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(f"capability {task}: needs lm-eval; pip install 'mechunlearn[lm-eval]'") from None
     manager = TaskManager(include_path=include)

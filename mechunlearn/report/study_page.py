@@ -51,7 +51,7 @@ def study_page(tables: StudyTables, claims: pd.DataFrame) -> str:
         for claim in CLAIMS
     ]  # fmt: skip
     return environment.get_template("study.md.j2").render(
-        presets=presets_of(tables), n_seeds=int(tables.arms["n_seeds"].max()), claims=about,
+        presets=presets_of(tables), n_seeds=int(tables.arms["n_seeds"].to_numpy().max()), claims=about,
         same=same_edits(tables),
         false_labels=pair_table(tables, LOOKUP, f"{LOOKUP}, false labels", ("relearning, excess",)),
         copied=[

@@ -66,7 +66,8 @@ def _evaluated(outcome: Outcome) -> Iterator[tuple[str, str, float]]:
         for key, values in chosen.groupby(["subject", "relation", "answer"], sort=False)["value"]:
             yield fact_id(*key), measure, float(values.mean())
     for key, values in rows.loc[rows["part"] == CAPABILITY].groupby(["subject", "relation"], sort=False)["value"]:
-        yield fact_id(*key, ""), f"capability, {key[1]}", float(values.mean())
+        subject, task = key
+        yield fact_id(subject, task, ""), f"capability, {task}", float(values.mean())
     for measure, (part, metric) in OF_TEXT.items():
         yield "", measure, float(rows.loc[(rows["part"] == part) & (rows["metric"] == metric), "value"].iloc[0])
     notes = outcome.record["notes"]

@@ -88,7 +88,7 @@ class Part:
         return Job(
             study=self.study, model=self.model, seed=seed, blocks=tuple(map(tuple, self.located(seed)[name])),
             n_entries=self.n_entries(seed) if arm.matched else None, editor=arm.editor,
-            options=editor_options(arm, self.study, task) | options, **more,
+            options={**editor_options(arm, self.study, task), **options}, **more,
         )  # fmt: skip
 
 
