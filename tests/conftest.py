@@ -176,3 +176,25 @@ def knowing(tiny_model: Callable[..., Model], tiny_facts: FactSet) -> Model:
             dict(model.hf.named_parameters())[name].copy_(value)
     assert score_facts(model, tiny_facts.facts)["p_true"].mean() > 0.9
     return model
+
+
+class _Unscored(FactSplit):
+    """A split whose parts for scoring are not to be read."""
+
+    def __getattribute__(self, name: str) -> object:
+        if name in ("retain_test", "same_subject"):
+            raise AssertionError(f"{name} was read")
+        return super().__getattribute__(name)
+
+
+@pytest.fixture(scope="session")
+def unscored() -> Callable[[FactSplit], FactSplit]:
+    """Makes a split without the parts that only score: reading one of them fails the test."""
+
+    def guard(split: FactSplit) -> FactSplit:
+        guarded = object.__new__(_Unscored)
+        kept = {name: part for name, part in vars(split).items() if name not in ("retain_test", "same_subject")}
+        guarded.__dict__.update(kept)
+        return guarded
+
+    return guard

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mechunlearn.edit.training import Trainable, masked_trainable, substituted
-from mechunlearn.facts import Fact
+from mechunlearn.facts import Fact, FactSplit
 from mechunlearn.masks import ParameterMask
 from mechunlearn.metrics import Reference, kl_from, reference_of
 from mechunlearn.models import Model
@@ -132,6 +132,11 @@ def brought_within(
 
 def _copy(trainable: Trainable) -> dict[str, Tensor]:
     return {name: leaf.detach().clone() for name, leaf in trainable.leaves.items()}
+
+
+def watched_and_retained(split: FactSplit, limit: float | None) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
+    """The retained facts that a budget of this limit watches (none without one), and those that an editor keeps by."""
+    return ((), split.retain_train) if limit is None else set_aside(split.retain_train, split.forget)
 
 
 def set_aside(retain: Sequence[Fact], forget: Sequence[Fact]) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:

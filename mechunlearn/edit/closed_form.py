@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.edit.budget import brought_within, set_aside
+from mechunlearn.edit.budget import brought_within, watched_and_retained
 from mechunlearn.edit.covariance import cache_folder, second_moments
 from mechunlearn.edit.edits import WeightEdit
 from mechunlearn.edit.keys_values import Row, rows_of
@@ -54,7 +54,7 @@ def closed_form_edit(
     }  # fmt: skip
     edited = masked_projections(model, mask, method, layers)
     losses, base_sha256, limit = torch.zeros(0, 1), model.sha256, solving["max_damage"]
-    watched, retained = ((), split.retain_train) if limit is None else set_aside(split.retain_train, split.forget)
+    watched, retained = watched_and_retained(split, limit)
     notes: Mapping[str, Any] = {}
     with projections(model, edited) as weights:
         if weights.layers:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mechunlearn.edit import EDITORS
-from mechunlearn.edit.budget import brought_within, set_aside
+from mechunlearn.edit.budget import brought_within, watched_and_retained
 from mechunlearn.edit.closed_form import kept_moments
 from mechunlearn.edit.edits import WeightEdit
 from mechunlearn.edit.erased_streams import Asked, asked_texts, erased, keys_of, streams_of
@@ -66,7 +66,7 @@ def lookup_erasure(
     options = {name: value for name, value in locals().items() if name not in ("model", "mask", "split", "cache")}
     edited = masked_projections(model, mask, "lookup_erasure")
     base_sha256, notes = model.sha256, {}
-    watched, retained = set_aside(split.retain_train, split.forget) if max_damage else ((), split.retain_train)
+    watched, retained = watched_and_retained(split, max_damage)
     with projections(model, edited) as weights:
         if weights.layers and steps:
             asked, kept = asked_texts(model, split.forget), asked_texts(model, _near(retained, split.forget))

@@ -7,11 +7,12 @@ from pydantic import Field
 
 from mechunlearn.activations import Place
 from mechunlearn.edit import EDITORS
+from mechunlearn.edit.budget import watched_and_retained
 from mechunlearn.edit.edits import WeightEdit
 from mechunlearn.edit.losses import batches, fact_tokens, near_and_far, text_tokens
 from mechunlearn.edit.options import Unkept, filled
 from mechunlearn.edit.streams import all_tokens, masked_layers, prompt_tokens, stream_loss
-from mechunlearn.edit.trained import forget_rows, trained_edit, watched_and_retained
+from mechunlearn.edit.trained import forget_rows, trained_edit
 from mechunlearn.facts import FactSplit
 from mechunlearn.masks import ParameterMask
 from mechunlearn.models import Model
@@ -75,7 +76,7 @@ def rmu(
     )  # fmt: skip
     own = [(forget_weight, hide)]
     if alpha:
-        _, retained = watched_and_retained(split, options)
+        _, retained = watched_and_retained(split, options["max_damage"])
         facts = fact_tokens(model, near_and_far(retained, split.forget), forms=options["forms"])
         text = text_tokens(model, neutral_text(64, seed=seed) if options["text"] is None else options["text"])
         for rows in (batches(facts, size, seed=seed + 1), batches(text, max(1, size // 8), seed=seed + 2)):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from mechunlearn.edit.budget import Budget, set_aside
+from mechunlearn.edit.budget import Budget, watched_and_retained
 from mechunlearn.edit.edits import WeightEdit, train_edit
 from mechunlearn.edit.losses import (
     Loss,
@@ -34,11 +34,6 @@ def forget_rows(
     return batches(tokens, training["batch_size"], seed=training["seed"])
 
 
-def watched_and_retained(split: FactSplit, training: Filled) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
-    """The retained facts that a disruption budget watches (none without one), and those that are trained on."""
-    return set_aside(split.retain_train, split.forget) if training["max_damage"] else ((), split.retain_train)
-
-
 def whole_loss(
     model: Model, split: FactSplit, own: Sequence[tuple[float, Loss]], training: Filled, *, method: str
 ) -> Loss:
@@ -47,7 +42,7 @@ def whole_loss(
     Raises:
         ValueError: nothing to retain, or every weight 0.
     """
-    _, retained = watched_and_retained(split, training)
+    _, retained = watched_and_retained(split, training["max_damage"])
     parts = (*own, *_keep(model, retained, split.forget, training))
     if not any(weight for weight, _ in parts):
         raise ValueError(f"{method}: every loss weight is 0; make one of them positive")
@@ -66,7 +61,7 @@ def trained_edit(
         ValueError: nothing to retain, every weight 0, or a loss that diverges.
     """
     limit = training["max_damage"]
-    watched, _ = watched_and_retained(split, training)
+    watched, _ = watched_and_retained(split, training["max_damage"])
     return train_edit(
         model, mask, whole_loss(model, split, own, training, method=method),
         steps=training["steps"], learning_rate=training["learning_rate"], schedule=training["schedule"],

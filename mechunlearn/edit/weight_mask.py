@@ -7,12 +7,12 @@ from pydantic import Field
 from torch import Tensor
 
 from mechunlearn.edit import EDITORS
-from mechunlearn.edit.budget import Budget
+from mechunlearn.edit.budget import Budget, watched_and_retained
 from mechunlearn.edit.edits import WeightEdit, values_in
 from mechunlearn.edit.losses import Term, answer_loss, log_1_minus_p, weighted_sum
 from mechunlearn.edit.options import Training, filled
 from mechunlearn.edit.pruning import clamp, gated_trainable, prune
-from mechunlearn.edit.trained import forget_rows, watched_and_retained, whole_loss
+from mechunlearn.edit.trained import forget_rows, whole_loss
 from mechunlearn.edit.training import Forward, train
 from mechunlearn.facts import FactSplit, hash_facts
 from mechunlearn.masks import ParameterMask
@@ -78,7 +78,8 @@ def weight_mask(
         steps=options["steps"], learning_rate=options["learning_rate"], schedule=options["schedule"],
         accumulation=options["accumulation"], on_step=lambda _: clamp(trainable),
     )  # fmt: skip
-    limit, watched = options["max_damage"], watched_and_retained(split, options)[0]
+    limit = options["max_damage"]
+    watched, _ = watched_and_retained(split, limit)
     watch = Budget.of(model, trainable, watched, limit=limit, steps=1) if limit and gates else None
     notes = prune(trainable, n, watch, seed=options["seed"])
     own: dict[str, Any] = {

@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from mechunlearn.study.arms import ALL_MLPS, ERASURE, LOOKUP, NONLOCALIZED, RANDOM_MLPS
+from mechunlearn.study.arms import ERASURE, LOOKUP, LOOKUP_PATHS, arm_named
 from mechunlearn.study.claims import (
     CLAIMS,
     CONTROLS,
@@ -19,6 +19,7 @@ from mechunlearn.study.claims import (
     Claim,
     beside_published,
 )
+from mechunlearn.study.run import COPIED
 from mechunlearn.study.tables import StudyTables
 
 # pandas has no complete types
@@ -26,7 +27,7 @@ from mechunlearn.study.tables import StudyTables
 
 Table = list[list[str]]
 """Rows of texts, the first one the heading."""
-FAMILIES = {"path patching": ("lookup-paths",), "output tracing": OUTPUT_TRACING, "controls": CONTROLS}
+FAMILIES = {"path patching": (LOOKUP_PATHS,), "output tracing": OUTPUT_TRACING, "controls": CONTROLS}
 DAMAGE = ("KL", "maintain", "neighborhood", "elsewhere", "multiple choice, maintain")
 FLIPPED = ("maintain, flipped", "multiple choice, flipped")
 SHOWN_OF_COPIED = ("forget", "edit", "multiple choice, edit", "maintain", "relearning, excess")
@@ -56,12 +57,11 @@ def study_page(tables: StudyTables, claims: pd.DataFrame) -> str:
         false_labels=pair_table(tables, LOOKUP, f"{LOOKUP}, false labels", ("relearning, excess",)),
         copied=[
             pair_table(tables, arm, f"{arm}, tuned as {other}", SHOWN_OF_COPIED)
-            for arm, other in ((RANDOM_MLPS, LOOKUP), (ALL_MLPS, NONLOCALIZED))
+            for arm, other in ((arm_named(name).name, other) for name, other in COPIED.items())
         ],
-        draws=draw_table(tables), flipped=number_table(tables, paper, *FLIPPED[:1]),
-        flipped_choice=number_table(tables, paper, FLIPPED[1]),
+        draws=draw_table(tables), flipped=[number_table(tables, paper, measure) for measure in FLIPPED],
         beyond={level: beyond_table(tables, level) for level in ("quick", "standard")},
-        damage=[(m, pair_table(tables, LOOKUP, ERASURE, (m,))) for m in DAMAGE], verdicts=verdict_words(tables),
+        damage=[pair_table(tables, LOOKUP, ERASURE, (measure,)) for measure in DAMAGE], verdicts=verdict_words(tables),
     ).strip() + "\n"  # fmt: skip
 
 

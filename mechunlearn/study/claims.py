@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from mechunlearn.study.arms import LOOKUP, RANDOM_MLPS
+from mechunlearn.study.arms import ALL_MLPS, LOOKUP, LOOKUP_PATHS, NONLOCALIZED, RANDOM_MLPS
 from mechunlearn.study.tables import StudyTables
 
 # pandas has no complete types
@@ -15,8 +15,8 @@ from mechunlearn.study.tables import StudyTables
 
 ALPHA = 0.05
 OUTPUT_TRACING = ("attribution-patching", "attribution-patching-mlps", "causal-tracing", "causal-tracing-mlps")
-CONTROLS = (RANDOM_MLPS, "random", "all-mlps", "nonlocalized")
-AGAINST = ("lookup-paths", *OUTPUT_TRACING, *CONTROLS)
+CONTROLS = (RANDOM_MLPS, "random", ALL_MLPS, NONLOCALIZED)
+AGAINST = (LOOKUP_PATHS, *OUTPUT_TRACING, *CONTROLS)
 HOLDS, DOES_NOT, OPEN = "holds", "does not hold", "cannot be told here"
 SAME_EDIT = "both arms chose the same components, so they are the same edit"
 
@@ -126,7 +126,7 @@ def beside_published(tables: StudyTables) -> pd.DataFrame:
              "counterfact-sequential-4x16": "counterfact-sequential"}  # fmt: skip
     quick = tables.arms.loc[tables.arms["level"] == "quick"]
     ours = quick.assign(
-        task=quick["preset"].map(tasks), paper_arm=quick["arm"].replace({LOOKUP: "lookup", "lookup-paths": "lookup"})
+        task=quick["preset"].map(tasks), paper_arm=quick["arm"].replace({LOOKUP: "lookup", LOOKUP_PATHS: "lookup"})
     )
     return ours.merge(
         paper.rename(columns={"arm": "paper_arm", "value": "published"}), on=["task", "paper_arm", "measure"]

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -150,8 +150,8 @@ def lines(part: Part, best: Mapping[str, Mapping[str, Any]]) -> list[Line]:
     found: list[Line] = []
 
     def add(name: str, seed: int, level: Level, job: Job) -> None:
-        other = Job(**{**job.__dict__, "on": null})
-        found.append(Line(preset=study.name, arm=name, seed=seed, level=level, edited=job, null=other))
+        null_job = replace(job, on=null)
+        found.append(Line(preset=study.name, arm=name, seed=seed, level=level, edited=job, null=null_job))
 
     for seed in part.seeds:
         for level in LEVELS:
@@ -160,12 +160,7 @@ def lines(part: Part, best: Mapping[str, Mapping[str, Any]]) -> list[Line]:
                 add("original", seed, level, plain)
             if seed == study.seed:
                 for kind, options in part.model.controls.items():
-                    add(
-                        f"suppressed-{kind}",
-                        seed,
-                        level,
-                        Job(**{**plain.__dict__, "suppression": kind, "options": options}),
-                    )
+                    add(f"suppressed-{kind}", seed, level, replace(plain, suppression=kind, options=options))
         for name in part.names:
             arm = arm_named(name)
             add(name, seed, "quick", part.job(name, seed, best[arm.name]))
@@ -193,14 +188,8 @@ def parts_of(presets: Iterable[tuple[StudySettings, ModelSettings]], home: Path)
                 raise ValueError(f"study {study.name}: unknown arm {name!r}.{did_you_mean(name, known)}")
         if LOOKUP not in names:
             raise ValueError(f"study {study.name}: got arms {', '.join(names)}, which need {LOOKUP} to compare with")
-        parts.append(
-            Part(
-                study=study,
-                model=model,
-                arms=tuple(a for a in every if a.name in names),
-                home=home / "jobs",
-            )
-        )
+        arms = tuple(arm for arm in every if arm.name in names)
+        parts.append(Part(study=study, model=model, arms=arms, home=home / "jobs"))
     return parts
 
 
