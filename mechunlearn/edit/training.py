@@ -165,6 +165,7 @@ def train(
     While the loop runs no parameter of the model requires a gradient, so backward stops at the earliest layer with
     a stand-in; forward passes start there, too, on rows that were seen before (see edit/prefix.py). The model's
     flags and forwards, the modules' train flags and the global random state are as before on return and on error.
+    On CPUs denormal numbers count as 0 while it runs.
 
     Args:
         loss: called `accumulation` times a step with the number of the call and a `Forward`; the mean is minimised.
@@ -206,7 +207,7 @@ def train(
                 value.backward()
         return float(value.detach())
 
-    with _frozen(model):
+    with _frozen(model), _denormals_as_zero():
         for step in range(steps):
             total = sum(backward(step * accumulation + micro) for micro in range(accumulation))
             if not math.isfinite(total):
@@ -219,6 +220,17 @@ def train(
             if on_step is not None and on_step(step + 1) is True:
                 break
     return tuple(history)
+
+
+@contextlib.contextmanager
+def _denormals_as_zero() -> Iterator[None]:
+    """Numbers below 1e-38 count as 0, on this thread: such gradients take a quarter of a training's time on x86."""
+    was = float(torch.tensor(1e-39) * 1.0) == 0.0  # there is no getter
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(was)
 
 
 def _cosine(share: float) -> float:

@@ -57,6 +57,28 @@ def has_own_forward(model):
     return [name for name, module in model.hf.named_modules() if "forward" in module.__dict__]
 
 
+def keeps_denormals() -> bool:
+    return float(torch.tensor(1e-39) * 1.0) > 0
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_denormals_are_zero_while_training_and_as_before_afterwards(tiny_model, flush):
+    model, seen = tiny_model("gpt2"), []
+    torch.set_flush_denormal(flush)
+    try:
+        trained(
+            model,
+            masked_trainable(model, mlps(model, 1)),
+            text_term(model),
+            on_step=lambda step: seen.append(keeps_denormals()),
+        )
+        after = keeps_denormals()
+    finally:
+        torch.set_flush_denormal(False)
+    assert seen == [False] * 5
+    assert after is not flush
+
+
 @pytest.mark.parametrize("first", [1, 2])
 def test_the_prefix_cache_changes_no_edit(any_model, tiny_split, first):
     split = replace(
