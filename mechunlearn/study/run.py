@@ -166,10 +166,10 @@ def lines(part: Part, best: Mapping[str, Mapping[str, Any]]) -> list[Line]:
             add(name, seed, "quick", part.job(name, seed, best[arm.name]))
             if arm.standard and name.partition("#")[2] in ("", "0"):
                 add(name, seed, "standard", part.job(name, seed, best[arm.name], level="standard"))
-        for name, other in COPIED.items():
-            if name in part.names and other in part.names and study.blocks == 1:
+        for name, other in COPIED.items() if "copied options" in study.defects else ():
+            if name in part.names and other in part.names:
                 add(f"{arm_named(name).name}, tuned as {other}", seed, "quick", part.job(name, seed, best[other]))
-        if study.blocks == 1:
+        if "false labels" in study.defects:
             add(f"{LOOKUP}, false labels", seed, "quick", part.job(LOOKUP, seed, best[LOOKUP], false_labels=True))
     return found
 
@@ -262,7 +262,8 @@ def estimate(parts: Sequence[Part], *, workers: int) -> dict[str, float]:
     for part in parts:
         n_seeds, names = len(part.seeds), len(part.names)
         n["tune"] += len(part.arms) * len(part.model.tasks[part.study.task].trials)
-        n_controls, shown = len(part.model.controls), (len(COPIED) + 1) * (part.study.blocks == 1)
+        n_controls, defects = len(part.model.controls), part.study.defects
+        shown = len(COPIED) * ("copied options" in defects) + ("false labels" in defects)
         n["quick"] += 2 * (n_seeds * (names + 1 + shown) + n_controls)
         n["standard"] += 2 * (n_seeds * sum(arm.standard for arm in part.arms) + 1 + n_controls)
     return {level: n[level] * measured[level] / workers / 3600 for level in n}

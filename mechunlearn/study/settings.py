@@ -12,6 +12,7 @@ from mechunlearn.controls import SUPPRESSIONS
 from mechunlearn.settings import FactsSettings, Options, Strict, check, read_preset
 
 TaskName = Literal["athletes", "sport", "counterfact"]
+Defect = Literal["copied options", "false labels"]
 Trial = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
 """[learning rate, weight of the edit's own term]."""
 
@@ -122,6 +123,8 @@ class StudySettings(Strict):
     """Draws of random MLPs under every seed, other ones under each."""
     arms: list[str] = Field(default_factory=list)
     """Names of the arms to run; none: all of them."""
+    defects: list[Defect] = Field(default_factory=list)
+    """Of the original study: also run what they do, beside the arms without them."""
     published_components: bool = False
     """Edit what was published for an arm in place of what is found here, where there is anything."""
     device: str = "auto"
