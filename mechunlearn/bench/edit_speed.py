@@ -9,14 +9,14 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mechunlearn.bench.memory import peak_bytes
 from mechunlearn.bench.speed import SIZES, random_model
 from mechunlearn.components import Component
 from mechunlearn.edit.losses import Loss, Tokens, predict, text_loss
-from mechunlearn.edit.training import Trainable, low_rank_trainable, masked_trainable, train
+from mechunlearn.edit.training import Forward, Trainable, low_rank_trainable, masked_trainable, train
 from mechunlearn.masks import ParameterMask, mask_of
 from mechunlearn.models import Model, mlp_neurons, unembedding
 
@@ -179,12 +179,8 @@ def fine_tune(setting: Setting, stepped: Sequence[nn.Parameter], after: Callable
     """Take every parameter's gradient and step some: all, or as magikarp01/mechanistic-unlearning does, the masked."""
     hf = setting.model.hf.requires_grad_(True)
     optimizer = torch.optim.AdamW(stepped, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-
-    def forward(ids: Tensor, kept: Tensor) -> Tensor:
-        return hf(ids, use_cache=False, logits_to_keep=kept).logits.float()
-
     for step in range(STEPS):
-        setting.loss(step, forward).backward()
+        setting.loss(step, Forward(setting.model, {})).backward()
         nn.utils.clip_grad_norm_(stepped, 1.0)
         optimizer.step()
         hf.zero_grad(set_to_none=True)

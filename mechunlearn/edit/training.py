@@ -17,8 +17,29 @@ from mechunlearn.masks import ParameterMask
 from mechunlearn.models import Model, is_transposed, weight_matrices
 
 Schedule = Literal["cosine", "constant"]
-Forward = Callable[[Int[Tensor, "row pos"], Int[Tensor, " kept"]], Float[Tensor, "row kept d_vocab"]]
-"""(token ids padded on the right, positions whose logits are wanted) -> logits in float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """The forward pass of a model with other tensors in place of some of its parameters, which are left as they are."""
+
+    model: Model
+    overrides: Mapping[str, Tensor]
+
+    def __call__(self, ids: Int[Tensor, "row pos"], kept: Int[Tensor, " kept"]) -> Float[Tensor, "row kept d_vocab"]:
+        """(token ids padded on the right, positions whose logits are wanted) -> logits in float32."""
+        with standing_in(self.model, self.overrides):
+            return self.model.hf(ids, use_cache=False, logits_to_keep=kept).logits.float()
+
+    def shifted(self, by: Mapping[str, Tensor]) -> "Forward":
+        """The same with these added to the parameters they are named by."""
+        own = dict(self.model.hf.named_parameters())
+        moved = {name: self.overrides.get(name, own[name].detach()) + change for name, change in by.items()}
+        return Forward(self.model, {**self.overrides, **moved})
+
+    def detached(self) -> "Forward":
+        """The same without a gradient to what stands in."""
+        return Forward(self.model, {name: value.detach() for name, value in self.overrides.items()})
 
 
 class Diverged(ValueError):
@@ -202,7 +223,7 @@ def train(
         """Add one call's share of the gradient to the leaves'."""
         overrides = trainable.overrides()
         with prefix.active(), checkpointed(model, again):
-            value = loss(call, forward_of(model, overrides)) / accumulation
+            value = loss(call, Forward(model, overrides)) / accumulation
             with standing_in(model, overrides):  # for the blocks that are run again
                 value.backward()
         return float(value.detach())
@@ -239,16 +260,6 @@ def _cosine(share: float) -> float:
 
 def _constant(_: float) -> float:
     return 1.0
-
-
-def forward_of(model: Model, overrides: Mapping[str, Tensor]) -> Forward:
-    """The forward pass of the model with these tensors in place of its parameters, which are left as they are."""
-
-    def forward(ids: Int[Tensor, "row pos"], kept: Int[Tensor, " kept"]) -> Float[Tensor, "row kept d_vocab"]:
-        with standing_in(model, overrides):
-            return model.hf(ids, use_cache=False, logits_to_keep=kept).logits.float()
-
-    return forward
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from mechunlearn.study.arms import ERASURE, LOOKUP, LOOKUP_PATHS, arm_named
+from mechunlearn.study.arms import LOOKUP, LOOKUP_PATHS, RESISTANT, arm_named
 from mechunlearn.study.claims import (
     CLAIMS,
     CONTROLS,
@@ -61,7 +61,8 @@ def study_page(tables: StudyTables, claims: pd.DataFrame) -> str:
         ],
         draws=draw_table(tables), flipped=[number_table(tables, paper, measure) for measure in FLIPPED],
         beyond={level: beyond_table(tables, level) for level in ("quick", "standard")},
-        damage=[pair_table(tables, LOOKUP, ERASURE, (measure,)) for measure in DAMAGE], verdicts=verdict_words(tables),
+        damage=[pair_table(tables, LOOKUP, RESISTANT, (measure,)) for measure in DAMAGE],
+        verdicts=verdict_words(tables),
     ).strip() + "\n"  # fmt: skip
 
 
@@ -171,7 +172,7 @@ def draw_table(tables: StudyTables) -> Table:
 def same_edits(tables: StudyTables) -> Table:
     """Under how many seeds an arm chose exactly fact lookup's components (all blocks of them)."""
     components = tables.components.assign(arm=tables.components["arm"].str.partition("#")[0])
-    whole = components.loc[~components["arm"].isin((LOOKUP, ERASURE))]
+    whole = components.loc[~components["arm"].isin((LOOKUP, RESISTANT))]
     wanted = {
         (r["preset"], r["seed"], r["block"]): r["components"]
         for r in components.loc[components["arm"] == LOOKUP].to_dict("records")
@@ -190,10 +191,10 @@ def same_edits(tables: StudyTables) -> Table:
 
 
 def beyond_table(tables: StudyTables, level: str) -> Table:
-    """Fact lookup's edit minus the erasure, attack by attack: above 0, the erasure leaves less to bring back."""
+    """Fact lookup's edit minus the resistant one, attack by attack: above 0, the latter leaves less to bring back."""
     own = tables.differences
-    own = own.loc[(own["arm"] == ERASURE) & (own["level"] == level) & own["measure"].str.endswith(", excess")]
-    table = [["preset", "attack", f"{LOOKUP} minus {ERASURE}", "Holm's p", "facts", "seeds"]]
+    own = own.loc[(own["arm"] == RESISTANT) & (own["level"] == level) & own["measure"].str.endswith(", excess")]
+    table = [["preset", "attack", f"{LOOKUP} minus {RESISTANT}", "Holm's p", "facts", "seeds"]]
     for row in own.to_dict("records"):
         table.append(
             [row["preset"], row["measure"].removesuffix(", excess"), interval(row, "difference"),

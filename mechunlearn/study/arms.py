@@ -28,9 +28,11 @@ class Arm:
     standard: bool = False
     """Whether it is also attacked at the standard level."""
     editor: str = "inject"
+    budget_share: float = 1.0
+    """Of the task's `max_damage`."""
 
 
-ERASURE = "lookup-erasure"
+RESISTANT = "lookup-resistant"
 BOTH: tuple[Kind, ...] = ("mlp", "attention")
 LOOKUP, LOOKUP_PATHS = "lookup-probe", "lookup-paths"
 RANDOM_MLPS, ALL_MLPS, NONLOCALIZED = "random-mlps", "all-mlps", "nonlocalized"
@@ -45,17 +47,20 @@ ARMS = (
     Arm(name=RANDOM_MLPS, localizer="random_mlps", standard=True),
     Arm(name=ALL_MLPS, matched=False),
     Arm(name=NONLOCALIZED, kinds=BOTH, matched=False, standard=True),
-    # beyond the paper: the same MLPs, but what they look up is erased, not overwritten
-    Arm(name=ERASURE, localizer="fact_lookup_probe", options={"draws": 1}, standard=True, editor="lookup_erasure"),
-)
+    # beyond the paper: the same MLPs, trained against an attacker; it would go to its limit where fact lookup does not
+    Arm(
+        name=RESISTANT, localizer="fact_lookup_probe", options={"draws": 1}, standard=True, editor="resistant_inject",
+        budget_share=0.8,
+    ),
+)  # fmt: skip
 EDITORS_COMPARED = (
     "forget", "gradient_ascent", "gradient_difference", "npo", "simnpo", "idk_dpo", "rmu", "weight_mask", "rome",
-    "memit", "alphaedit",
+    "memit", "alphaedit", "lookup_erasure",
 )  # fmt: skip
 EDITOR_ARMS = tuple(
     Arm(name=editor, localizer="fact_lookup_probe", options={"draws": 1}, editor=editor) for editor in EDITORS_COMPARED
 )
-"""Other ways to edit the MLPs of fact lookup; `LOOKUP` itself is `inject`."""
+"""Other ways to edit the MLPs of fact lookup; `LOOKUP` itself is `inject`, `RESISTANT` `resistant_inject`."""
 DRAWN = ("random", RANDOM_MLPS)
 """Arms that are drawn: `draw` tells draws of one seed apart."""
 

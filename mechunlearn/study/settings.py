@@ -49,6 +49,8 @@ class TaskSettings(Strict):
     """Arm -> the components published for it: used with `published_components`."""
     rank: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     """Arm -> rank of its updates inside the mask, where training all entries would not fit on one card."""
+    attack_rank: Annotated[int, Field(ge=1)] | None = None
+    """Of the inner attackers' updates, where an edit is trained against any; None: they train every weight."""
     by_n: dict[Annotated[str, Field(pattern=r"^[0-9]+$")], NSettings] = Field(default_factory=dict)
     """Number of facts -> what was published for so many; `load_study` puts it in place."""
 

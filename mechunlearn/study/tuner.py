@@ -17,19 +17,21 @@ OWN_TRIALS: Mapping[str, tuple[str, tuple[float, ...]]] = {
 }
 """Editor -> what is tuned in place of the learning rate and the weight of its own term."""
 WEIGHTS = ("inject_weight", "forget_weight")
-TEACHING = ("inject", "memit", "alphaedit", "rome", "weight_mask")
+TEACHING = ("inject", "resistant_inject", "memit", "alphaedit", "rome", "weight_mask")
 """Editors that are to give the wrong answer; the others only take the true one away."""
 
 
 def editor_options(arm: Arm, study: StudySettings, task: TaskSettings) -> Options:
     """The options of an arm's editor that are not tuned: the task's budget and, for what is trained, its steps."""
     known = EDITORS.get(arm.editor).options.model_fields
-    options: Options = {"max_damage": task.max_damage}
+    options: Options = {"max_damage": arm.budget_share * task.max_damage}
     if "accumulation" in known:
         options = {
             "steps": study.steps_of(task), "batch_size": task.batch_size, "accumulation": task.accumulation,
             **options, "rank": task.rank.get(arm.name),
         }  # fmt: skip
+    if "attack_rank" in known:
+        options["attack_rank"] = task.attack_rank
     return options
 
 

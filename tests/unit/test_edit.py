@@ -28,7 +28,6 @@ from mechunlearn.edit.losses import (
 )
 from mechunlearn.edit.training import (
     Forward,
-    forward_of,
     lora_trainable,
     low_rank_trainable,
     masked_trainable,
@@ -466,7 +465,7 @@ def test_kl_of_the_retained_answers_is_that_of_torch_and_zero_for_the_original(t
     trainable = masked_trainable(model, masks.mask_of(model, [MLP]))
 
     def value() -> float:
-        return float(kl_loss(model, iter([rows]))(0, forward_of(model, trainable.overrides())).detach())
+        return float(kl_loss(model, iter([rows]))(0, Forward(model, trainable.overrides())).detach())
 
     assert value() == 0
     before = [model.hf(rows.ids).logits[i, int(rows.starts[i]) - 1].log_softmax(-1) for i in range(3)]

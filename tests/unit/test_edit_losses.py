@@ -21,7 +21,7 @@ from mechunlearn.edit.pruning import clamp, gated_trainable, lowest
 from mechunlearn.edit.rmu import rmu
 from mechunlearn.edit.simnpo import simnpo, simnpo_loss
 from mechunlearn.edit.streams import all_tokens, masked_layers, predicting, prompt_tokens, stream_loss
-from mechunlearn.edit.training import forward_of, masked_trainable, substituted
+from mechunlearn.edit.training import Forward, masked_trainable, substituted
 from mechunlearn.edit.weight_mask import weight_mask
 from mechunlearn.facts import FactSplit, with_edit_targets
 from mechunlearn.masks import ParameterMask, mask_of
@@ -199,11 +199,11 @@ def test_a_reference_stays_the_original_while_weights_are_trained(model, mask, s
     before = log_p(model, split.forget[:3])
     with substituted(model, trainable.overrides()):
         after = log_p(model, split.forget[:3])
-    ratios = log_ratios(model, forward_of(model, trainable.overrides()), batch)
+    ratios = log_ratios(model, Forward(model, trainable.overrides()), batch)
     assert (after - before).abs().min() > 1e-3
     torch.testing.assert_close(ratios, after - before, atol=1e-5, rtol=1e-4)
     assert ratios.requires_grad
-    assert not log_ratios(model, forward_of(model, {}), batch).any()
+    assert not log_ratios(model, Forward(model, {}), batch).any()
 
 
 def test_both_answers_of_a_preference_follow_the_same_prompt(model, mask, split, monkeypatch):
@@ -254,7 +254,7 @@ def test_the_distance_of_streams_is_the_one_defined_and_zero_where_they_should_b
     with torch.no_grad():
         for leaf in trainable.leaves.values():
             leaf.add_(0.05)
-    forward = forward_of(model, trainable.overrides())
+    forward = Forward(model, trainable.overrides())
     counts = where(batch)
     before = model.hf(batch.ids, output_hidden_states=True).hidden_states[2][counts].detach()
     with substituted(model, trainable.overrides()):
@@ -267,7 +267,7 @@ def test_the_distance_of_streams_is_the_one_defined_and_zero_where_they_should_b
     for move in (lambda stream: stream, lambda stream: 3 - 2 * stream):
         expected = (after - move(before)).square().sum() / before.square().sum()
         assert distance(move) == pytest.approx(float(expected), rel=1e-4)
-    unmoved = stream_loss(model, ("block", 1), iter([batch]), where=where)(0, forward_of(model, {}))
+    unmoved = stream_loss(model, ("block", 1), iter([batch]), where=where)(0, Forward(model, {}))
     assert unmoved.item() == 0
 
 
@@ -428,7 +428,7 @@ def test_a_gates_gradient_is_its_weight_times_the_weights(model, split):
     batch = fact_tokens(model, split.forget[:3])
     gates, weights = gated_trainable(model, mask), masked_trainable(model, mask)
     for trainable in (gates, weights):
-        loss = log_ratios(model, forward_of(model, trainable.overrides()), batch).sum()
+        loss = log_ratios(model, Forward(model, trainable.overrides()), batch).sum()
         loss.backward()
     for name, gate in gates.leaves.items():
         weight = weights.leaves[name]

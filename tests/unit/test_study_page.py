@@ -2,15 +2,15 @@ import pandas as pd
 import pytest
 
 from mechunlearn.report.study_page import beyond_table, markdown, same_edits, study_page, verdict
-from mechunlearn.study.arms import ERASURE, LOOKUP
+from mechunlearn.study.arms import LOOKUP, RESISTANT
 from mechunlearn.study.claims import CLAIMS, DOES_NOT, HOLDS, OPEN, SAME_EDIT, claim_table
 from mechunlearn.study.tables import StudyTables, arm_table, difference_table
 
 PRESET = "sports-athletes-16"
 VALUES = {
-    "multiple choice, edit": {LOOKUP: 0.9, "random-mlps": 0.4, "all-mlps": 0.9, ERASURE: 0.2},
-    "relearning, excess": {LOOKUP: 0.5, "random-mlps": 0.2, "all-mlps": 0.5, ERASURE: 0.1},
-    "KL": {LOOKUP: 0.02, "random-mlps": 0.03, "all-mlps": 0.02, ERASURE: 0.01},
+    "multiple choice, edit": {LOOKUP: 0.9, "random-mlps": 0.4, "all-mlps": 0.9, RESISTANT: 0.2},
+    "relearning, excess": {LOOKUP: 0.5, "random-mlps": 0.2, "all-mlps": 0.5, RESISTANT: 0.1},
+    "KL": {LOOKUP: 0.02, "random-mlps": 0.03, "all-mlps": 0.02, RESISTANT: 0.01},
 }
 
 
@@ -28,7 +28,7 @@ def tables() -> StudyTables:
     )
     components = pd.DataFrame(
         [(PRESET, arm, seed, 0, "m1 m2" if arm != "random-mlps#0" or seed else "m4 m5", 1.0 if seed else 0.5)
-         for arm in (LOOKUP, "random-mlps#0", "all-mlps", ERASURE) for seed in range(5)],
+         for arm in (LOOKUP, "random-mlps#0", "all-mlps", RESISTANT) for seed in range(5)],
         columns=pd.Index(["preset", "arm", "seed", "block", "components", "of fact lookup"]),
     )  # fmt: skip
     draws = pd.DataFrame(
@@ -70,9 +70,9 @@ def test_a_page_of_saved_tables_is_the_page(tables, tmp_path):
     assert study_page(loaded, claim_table(loaded)) == study_page(tables, claim_table(tables))
 
 
-def test_the_erasure_is_ahead_where_less_comes_back(tables):
+def test_the_resistant_edit_is_ahead_where_less_comes_back(tables):
     head, row = beyond_table(tables, "quick")
-    assert head[2] == "lookup-probe minus lookup-erasure"
+    assert head[2] == "lookup-probe minus lookup-resistant"
     assert row[:2] == [PRESET, "relearning"]
     assert row[2].startswith("0.40 [")
     assert float(row[3]) < 0.05

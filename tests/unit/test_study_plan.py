@@ -16,7 +16,7 @@ from mechunlearn.checkpoints import model_without_weights
 from mechunlearn.cli import app
 from mechunlearn.components import Component
 from mechunlearn.edit.inject import inject
-from mechunlearn.edit.training import forward_of, low_rank_trainable, masked_trainable
+from mechunlearn.edit.training import Forward, low_rank_trainable, masked_trainable
 from mechunlearn.facts import with_edit_targets
 from mechunlearn.masks import mask_of
 from mechunlearn.models import all_components, wrap_model
@@ -230,7 +230,7 @@ def test_activations_and_logits_are_bounded_from_above_and_not_wildly(kind, name
 
     ids = torch.arange(4 * 32).reshape(4, 32)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        forward_of(model, overrides)(ids, torch.arange(26, 32)).logsumexp(-1).mean()
+        Forward(model, overrides)(ids, torch.arange(26, 32)).logsumexp(-1).mean()
     counted = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     batch = Batch(tokens=4 * 32, kept=4 * 6, width=32)
     bound = activation_bytes(model, batch, min(c.layer for c in mask.components)) + logit_bytes(model, batch)
@@ -262,7 +262,7 @@ def test_operations_of_a_step_are_those_that_torch_counts(names, tmp_path):
     trainable = masked_trainable(model, mask)
     ids = torch.arange(4 * 32).reshape(4, 32)
     with FlopCounterMode(display=False) as counter:
-        forward_of(model, trainable.overrides())(ids, torch.arange(31, 32)).logsumexp(-1).mean().backward()
+        Forward(model, trainable.overrides())(ids, torch.arange(31, 32)).logsumexp(-1).mean().backward()
     counted = counter.get_total_flops()
     # attention patterns are not ours; what the first trained sublayer reads needs no gradient
     assert 0.95 * counted <= training_flops(model, mask, Batch(tokens=4 * 32, kept=4, width=32)) <= 1.2 * counted

@@ -22,7 +22,7 @@ from mechunlearn.edit.losses import (
     weighted_sum,
 )
 from mechunlearn.edit.prefix import PrefixCache, first_layer
-from mechunlearn.edit.training import Trainable, forward_of, low_rank_trainable, masked_trainable, train
+from mechunlearn.edit.training import Forward, Trainable, low_rank_trainable, masked_trainable, train
 from mechunlearn.facts import with_edit_targets
 from mechunlearn.masks import mask_of
 from mechunlearn.models import block, mlp
@@ -278,11 +278,11 @@ def test_the_original_model_is_asked_from_the_same_streams(tiny_model):
     cache = PrefixCache.below(model, trainable.overrides())
     kept = torch.arange(batch.ids.shape[1])
     with torch.no_grad():
-        plain = [model.hf(batch.ids, use_cache=False).logits, forward_of(model, trainable.overrides())(batch.ids, kept)]
+        plain = [model.hf(batch.ids, use_cache=False).logits, Forward(model, trainable.overrides())(batch.ids, kept)]
         with cache.active():
             before = model.hf(batch.ids, use_cache=False).logits
             size = cache.held
-            after = forward_of(model, trainable.overrides())(batch.ids, kept)
+            after = Forward(model, trainable.overrides())(batch.ids, kept)
     assert cache.held == size > 0
     torch.testing.assert_close([before, after], plain)
     assert not torch.allclose(before, after, atol=0.01)
@@ -353,7 +353,7 @@ def test_a_matrix_masked_in_part_is_there_twice_more_during_a_step(tiny_model):
         mask = mask_of(model, [Component("neuron", layer, 0) for layer in range(n_layers)])
         trainable, ids = masked_trainable(model, mask), torch.tensor([[5, 6]])
         peak[n_layers] = peak_bytes(
-            lambda m=model, t=trainable, i=ids: forward_of(m, t.overrides())(i, torch.tensor([0])).sum().backward(),
+            lambda m=model, t=trainable, i=ids: Forward(m, t.overrides())(i, torch.tensor([0])).sum().backward(),
             model.device,
         )
     matrices = 3 * model.d_model * model.d_mlp * 4
