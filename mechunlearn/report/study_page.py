@@ -30,6 +30,8 @@ Table = list[list[str]]
 FAMILIES = {"path patching": (LOOKUP_PATHS,), "output tracing": OUTPUT_TRACING, "controls": CONTROLS}
 DAMAGE = ("KL", "maintain", "neighborhood", "elsewhere", "multiple choice, maintain")
 FLIPPED = ("maintain, flipped", "multiple choice, flipped")
+FINISHED, UNFINISHED = 0.5, "†"
+"""P(injected answer) on the trained prompts below which an edit counts as unfinished; the sign beside its numbers."""
 SHOWN_OF_COPIED = ("forget", "edit", "multiple choice, edit", "maintain", "relearning, excess")
 
 
@@ -53,7 +55,7 @@ def study_page(tables: StudyTables, claims: pd.DataFrame) -> str:
     ]  # fmt: skip
     return environment.get_template("study.md.j2").render(
         presets=presets_of(tables), n_seeds=int(tables.arms["n_seeds"].to_numpy().max()), claims=about,
-        same=same_edits(tables),
+        same=same_edits(tables), finished=FINISHED,
         false_labels=pair_table(tables, LOOKUP, f"{LOOKUP}, false labels", ("relearning, excess",)),
         copied=[
             pair_table(tables, arm, f"{arm}, tuned as {other}", SHOWN_OF_COPIED)
@@ -128,11 +130,17 @@ def word_table(claims: pd.DataFrame, claim: Claim, level: str) -> Table:
 
 
 def number_table(tables: StudyTables, paper: pd.DataFrame, measure: str) -> Table:
-    """Arm by preset, with the published number, where there is one, in brackets behind ours."""
+    """Arm by preset; a sign where the edit is unfinished; the published number, where there is one, in brackets."""
     rows = tables.arms.loc[(tables.arms["measure"] == measure) & (tables.arms["level"] == "quick")]
     rows = rows.loc[~rows["arm"].str.contains(", ") & ~rows["arm"].str.startswith("suppressed")]
     arms, presets = list(dict.fromkeys(rows["arm"])), list(dict.fromkeys(rows["preset"]))
-    ours = {(r["arm"], r["preset"]): interval(r) for r in rows.to_dict("records")}
+    edited = tables.arms.loc[(tables.arms["measure"] == "edit") & (tables.arms["level"] == "quick")]
+    edited = edited.loc[(edited["mean"] < FINISHED) & (edited["arm"] != "original")]
+    short = set(zip(edited["arm"], edited["preset"], strict=True))
+    ours = {
+        (r["arm"], r["preset"]): interval(r) + (f" {UNFINISHED}" if (r["arm"], r["preset"]) in short else "")
+        for r in rows.to_dict("records")
+    }
     theirs = {
         (r["arm"], r["preset"]): f" (paper {r['published']:.2f})"
         for r in paper.loc[paper["measure"] == measure].to_dict("records")

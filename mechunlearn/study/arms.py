@@ -24,12 +24,16 @@ class Arm:
     kinds: tuple[Kind, ...] = ("mlp",)
     matched: bool = True
     """Whether it edits exactly as many entries as fact lookup; else everything of its kinds."""
+    more_mlps: int = 0
+    """A matched one: so many MLPs' entries more."""
     options: Mapping[str, Any] = field(default_factory=dict)
     standard: bool = False
     """Whether it is also attacked at the standard level."""
     editor: str = "inject"
     budget_share: float = 1.0
     """Of the task's `max_damage`."""
+    slower: int = 1
+    """So many times the task's steps, at learning rates that are as many times lower."""
 
 
 RESISTANT = "lookup-resistant"
@@ -47,10 +51,11 @@ ARMS = (
     Arm(name=RANDOM_MLPS, localizer="random_mlps", standard=True),
     Arm(name=ALL_MLPS, matched=False),
     Arm(name=NONLOCALIZED, kinds=BOTH, matched=False, standard=True),
-    # beyond the paper: the same MLPs, trained against an attacker; it would go to its limit where fact lookup does not
+    # beyond the paper: these MLPs and the next best, trained against an attacker; the whole budget would be more damage
+    # than fact lookup's edit does
     Arm(
         name=RESISTANT, localizer="fact_lookup_probe", options={"draws": 1}, standard=True, editor="resistant_inject",
-        budget_share=0.8,
+        more_mlps=1, budget_share=0.8, slower=2,
     ),
 )  # fmt: skip
 EDITORS_COMPARED = (
@@ -70,9 +75,9 @@ def arm_named(name: str) -> Arm:
     return next(arm for arm in (*ARMS, *EDITOR_ARMS) if arm.name == name.partition("#")[0])
 
 
-def n_matched(model: Model, task: TaskSettings) -> int:
+def n_matched(model: Model, task: TaskSettings, arm: Arm) -> int:
     """Entries that a matched arm edits: those of so many MLPs (of the first ones: all are alike)."""
-    return mask_of(model, all_components(model, ("mlp",))[: task.n_mlps]).n_selected
+    return mask_of(model, all_components(model, ("mlp",))[: task.n_mlps + arm.more_mlps]).n_selected
 
 
 def ranked_components(
@@ -97,7 +102,7 @@ def ranked_components(
     offered: dict[str, Any] = {"seed": 1000 * draw + seed} if arm.name in DRAWN else {"seed": seed}
     scores = method.function(model, facts, **arm.options, **method.wanted(**offered))
     ranking = [component for component in scores.ranking() if component.kind in arm.kinds]
-    limit, chosen = n_matched(model, task), list(ranking)
+    limit, chosen = n_matched(model, task, arm), list(ranking)
     for k in range(1, len(ranking) + 1):
         if (size := mask_of(model, ranking[:k]).n_selected) >= limit:
             chosen = ranking[:k] if size > limit else list(mask_of(model, ranking[:k]).components)

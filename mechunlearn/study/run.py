@@ -78,16 +78,16 @@ class Part:
         """What `locate` wrote."""
         return json.loads(_located_path(self, seed).read_text(encoding="utf-8"))["arms"]
 
-    def n_entries(self, seed: int) -> int:
-        """What a matched arm edits."""
-        return json.loads(_located_path(self, seed).read_text(encoding="utf-8"))["n_matched"]
+    def n_entries(self, name: str, seed: int) -> int | None:
+        """What an arm edits, if it is a matched one."""
+        return json.loads(_located_path(self, seed).read_text(encoding="utf-8"))["n_entries"].get(name)
 
     def job(self, name: str, seed: int, options: Mapping[str, Any], **more: Any) -> Job:
         """The job of an arm (or a draw of it)."""
         arm, task = arm_named(name), self.model.tasks[self.study.task]
         return Job(
             study=self.study, model=self.model, seed=seed, blocks=tuple(map(tuple, self.located(seed)[name])),
-            n_entries=self.n_entries(seed) if arm.matched else None, editor=arm.editor,
+            n_entries=self.n_entries(name, seed), editor=arm.editor,
             options={**editor_options(arm, self.study, task), **options}, **more,
         )  # fmt: skip
 
@@ -115,7 +115,9 @@ def locate(part: Part, seed: int) -> str:
             ]
             for name in part.names
         }  # fmt: skip
-        found = {"n_matched": n_matched(deal.model, task), "arms": arms}
+        matched = {name: arm_named(name) for name in part.names if arm_named(name).matched}
+        n_entries = {name: n_matched(deal.model, task, arm) for name, arm in matched.items()}
+        found = {"n_entries": n_entries, "arms": arms}
         with whole_file(path) as partial:
             partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return str(path)

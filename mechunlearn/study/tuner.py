@@ -27,8 +27,8 @@ def editor_options(arm: Arm, study: StudySettings, task: TaskSettings) -> Option
     options: Options = {"max_damage": arm.budget_share * task.max_damage}
     if "accumulation" in known:
         options = {
-            "steps": study.steps_of(task), "batch_size": task.batch_size, "accumulation": task.accumulation,
-            **options, "rank": task.rank.get(arm.name),
+            "steps": arm.slower * study.steps_of(task), "batch_size": task.batch_size,
+            "accumulation": task.accumulation, **options, "rank": task.rank.get(arm.name),
         }  # fmt: skip
     if "attack_rank" in known:
         options["attack_rank"] = task.attack_rank
@@ -41,7 +41,7 @@ def trial_options(arm: Arm, task: TaskSettings) -> list[Options]:
         name, values = OWN_TRIALS[arm.editor]
         return [{name: values[i % len(values)]} for i in range(len(task.trials))]
     (weight,) = (name for name in WEIGHTS if name in EDITORS.get(arm.editor).options.model_fields)
-    return [{"learning_rate": rate, weight: value} for rate, value in task.trials]
+    return [{"learning_rate": rate / arm.slower, weight: value} for rate, value in task.trials]
 
 
 def score(arm: Arm, found: Mapping[str, float]) -> float:

@@ -65,11 +65,11 @@ def test_matched_arms_edit_exactly_as_many_entries_as_fact_lookup(name, architec
     model, arm = tiny_model(architecture), arm_named(name)
     task = load_study("quick")[1].tasks["athletes"].model_copy(update={"n_mlps": 2})
     components = ranked_components(model, split, arm, task, seed=0)
-    mask = exact_mask(model, components, n_matched(model, task) if arm.matched else None)
+    mask = exact_mask(model, components, n_matched(model, task, arm) if arm.matched else None)
     if arm.matched:
-        assert mask.n_selected == n_matched(model, task)
+        assert mask.n_selected == n_matched(model, task, arm)
     else:
-        assert mask.n_selected > n_matched(model, task)
+        assert mask.n_selected > n_matched(model, task, arm)
     sublayer = {"neuron": "mlp", "head": "attention"}  # of a component that was cut
     assert all(sublayer.get(c.kind, c.kind) in arm.kinds for c in mask.components)
 

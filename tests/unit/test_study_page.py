@@ -1,3 +1,6 @@
+from dataclasses import replace
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
@@ -113,3 +116,24 @@ def test_one_word_for_a_claim(words, expected):
 def test_tables_are_markdown():
     assert markdown([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
     assert markdown([["a", "b"]]) == "(Nothing was measured.)"
+
+
+def test_numbers_of_an_unfinished_edit_carry_its_sign(tables):
+    arms = [
+        {"preset": PRESET, "arm": arm, "level": "quick", "measure": "edit", "mean": mean, "lower": 0, "upper": 1,
+         "n_facts": 4, "n_seeds": 5}
+        for arm, mean in ((LOOKUP, 0.9), ("random-mlps", 0.2))
+    ]  # fmt: skip
+    edited = replace(tables, arms=pd.concat([tables.arms, pd.DataFrame(arms)], ignore_index=True))
+    page = study_page(edited, claim_table(edited))
+    for arm, signs in (("random-mlps", 1), (LOOKUP, 0)):
+        lines = [line for line in page.splitlines() if line.startswith(f"| {arm} |") and "paper" in line]
+        assert lines
+        assert all(line.count("†") == signs for line in lines)
+
+
+def test_the_committed_page_is_made_of_the_committed_tables():
+    figures = Path(__file__).parents[2] / "figures"
+    readme = (figures / "README.md").read_text(encoding="utf-8")
+    tables = StudyTables.load(figures / "data" / "study")
+    assert readme.partition("<!-- study.md -->\n")[2] == study_page(tables, claim_table(tables))
