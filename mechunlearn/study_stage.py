@@ -47,10 +47,11 @@ def run(parts: Sequence[Part], out: Path, *, workers: int, on_progress: Progress
 def write_tables(parts: Sequence[Part], out: Path) -> StudyTables:
     """Write out/tables: csv files and figures of the presets that are finished."""
     replaceable(out / "tables")
-    tables = study_tables(parts)
-    claims = claim_table(tables)
+    found = study_tables(parts)
     with whole_folder(out / "tables") as folder:
-        tables.save(folder)
+        found.save(folder)
+        tables = StudyTables.load(folder)  # as it is written: figures and page can be made again from the csv files
+        claims = claim_table(tables)
         claims.to_csv(folder / "claims.csv", index=False)
         beside_published(tables).to_csv(folder / "published.csv", index=False, float_format="%.4f")
         for preset in dict.fromkeys(tables.arms["preset"]):
