@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach the hub
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, and what they start, have one thread each
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mechunlearn.edit.losses import Term, answer_loss, batches, fact_tokens, weighted_sum
 from mechunlearn.edit.training import masked_trainable, train
-from mechunlearn.facts import Fact, FactSet, FactSplit, split_facts
+from mechunlearn.facts import Fact, FactSet, FactSplit, split_facts, with_edit_targets
 from mechunlearn.masks import mask_of
 from mechunlearn.metrics import score_facts
 from mechunlearn.models import Model, all_components, wrap_model
@@ -159,6 +160,13 @@ def tiny_split(tiny_facts: FactSet) -> FactSplit:
     people = list(dict.fromkeys(fact.subject for fact in tiny_facts))[:24]
     forget = tiny_facts.where(lambda fact: fact.relation == "colour" and fact.subject in people)
     return split_facts(tiny_facts, forget, seed=0)
+
+
+@pytest.fixture(scope="session")
+def split(tiny_split: FactSplit) -> FactSplit:
+    """The same with a wrong answer for everything that is to be forgotten."""
+    parts = ("forget_shown", "forget_hidden", "attack_dev")
+    return replace(tiny_split, **{part: with_edit_targets(getattr(tiny_split, part)) for part in parts})
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from mechunlearn.attack import ATTACKS
 from mechunlearn.components import Component
 from mechunlearn.edit import EDITORS
 from mechunlearn.edit.edits import applied
-from mechunlearn.facts import FactSplit, with_edit_targets
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.masks import mask_of
 from mechunlearn.metrics import score_facts
@@ -56,12 +55,6 @@ def nothing_changes(model):
     before = state()
     yield
     assert state() == before
-
-
-@pytest.fixture(scope="module")
-def split(tiny_split) -> FactSplit:
-    parts = ("forget_shown", "forget_hidden", "attack_dev")
-    return replace(tiny_split, **{part: with_edit_targets(getattr(tiny_split, part)) for part in parts})
 
 
 @pytest.mark.parametrize("registry", [LOCALIZERS, EDITORS, ATTACKS, SOURCES], ids=lambda r: r.kind)

@@ -9,7 +9,6 @@ from mechunlearn import localize
 from mechunlearn.checkpoints import load_model, save_model
 from mechunlearn.edit.edits import applied, export_edit
 from mechunlearn.edit.inject import inject
-from mechunlearn.facts import with_edit_targets
 from mechunlearn.masks import select_components
 
 
@@ -18,9 +17,7 @@ def _logits(hf, ids):
     return hf(ids).logits
 
 
-def test_localize_edit_export_and_reload_from_a_folder(any_model, tiny_split, tmp_path):
-    parts = ("forget_shown", "forget_hidden", "attack_dev")
-    split = replace(tiny_split, **{part: with_edit_targets(getattr(tiny_split, part)) for part in parts})
+def test_localize_edit_export_and_reload_from_a_folder(any_model, split, tmp_path):
     save_model(any_model, tmp_path / "model")
     model = load_model(tmp_path / "model")
     ids = torch.tensor([[0, 5, 7, 9, 11]])

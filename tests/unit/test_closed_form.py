@@ -36,12 +36,6 @@ SEARCH = ValueSearch(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def split(tiny_split: FactSplit) -> FactSplit:
-    parts = ("forget_shown", "forget_hidden", "attack_dev")
-    return replace(tiny_split, **{part: with_edit_targets(getattr(tiny_split, part)) for part in parts})
-
-
 def few(split: FactSplit, n: int) -> FactSplit:
     return replace(split, forget_shown=split.forget[:n], attack_dev=(), forget_hidden=())
 

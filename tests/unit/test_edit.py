@@ -34,19 +34,13 @@ from mechunlearn.edit.training import (
     substituted,
     train,
 )
-from mechunlearn.facts import FactSplit, hash_facts, with_edit_targets
+from mechunlearn.facts import FactSplit, hash_facts
 from mechunlearn.metrics import kl_from, reference_of, score_facts
 from mechunlearn.models import Model
 from mechunlearn.prompts import render
 
 MLP, HEAD, NEURON = Component.parse("m1"), Component.parse("a2.h1"), Component.parse("m0.n3")
 QUICK = {"steps": 3, "learning_rate": 1e-2, "batch_size": 4}
-
-
-@pytest.fixture(scope="module")
-def split(tiny_split: FactSplit) -> FactSplit:
-    parts = ("forget_shown", "forget_hidden", "attack_dev")
-    return replace(tiny_split, **{part: with_edit_targets(getattr(tiny_split, part)) for part in parts})
 
 
 def snapshot(model: Model) -> dict[str, torch.Tensor]:

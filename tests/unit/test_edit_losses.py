@@ -23,7 +23,7 @@ from mechunlearn.edit.simnpo import simnpo, simnpo_loss
 from mechunlearn.edit.streams import all_tokens, masked_layers, predicting, prompt_tokens, stream_loss
 from mechunlearn.edit.training import Forward, masked_trainable, substituted
 from mechunlearn.edit.weight_mask import weight_mask
-from mechunlearn.facts import FactSplit, with_edit_targets
+from mechunlearn.facts import FactSplit
 from mechunlearn.masks import ParameterMask, mask_of
 from mechunlearn.metrics import candidate_log_probs, kl_from, reference_of, score_facts
 from mechunlearn.models import Model, block, first_output
@@ -48,12 +48,6 @@ def probabilities(logits: torch.Tensor) -> list[float]:
     """P(answer) of the two rows, by hand."""
     (a, b), (c, _) = logits.tolist()
     return [probability(a, 0) * probability(b, 2), probability(c, 1)]
-
-
-@pytest.fixture(scope="module")
-def split(tiny_split: FactSplit) -> FactSplit:
-    parts = ("forget_shown", "forget_hidden", "attack_dev")
-    return replace(tiny_split, **{part: with_edit_targets(getattr(tiny_split, part)) for part in parts})
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,15 +11,8 @@ from mechunlearn.edit.budget import set_aside
 from mechunlearn.edit.edits import applied
 from mechunlearn.edit.erased_streams import answer_eraser, asked_texts, erased, streams_of
 from mechunlearn.edit.lookup_erasure import against_kept, lookup_erasure
-from mechunlearn.facts import with_edit_targets
 from mechunlearn.metrics import kl_from, reference_of
 from mechunlearn.prompts import render
-
-
-@pytest.fixture(scope="module")
-def split(tiny_split):
-    parts = ("forget_shown", "forget_hidden", "attack_dev")
-    return replace(tiny_split, **{part: with_edit_targets(getattr(tiny_split, part)) for part in parts})
 
 
 def test_no_linear_probe_reads_erased_answers_and_little_else_moves():

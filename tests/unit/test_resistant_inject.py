@@ -12,16 +12,9 @@ from mechunlearn.edit.inject import inject
 from mechunlearn.edit.losses import answer_loss, fact_tokens, predict
 from mechunlearn.edit.resistant_inject import _Attacker, resistant_inject
 from mechunlearn.edit.training import Forward, masked_trainable, substituted
-from mechunlearn.facts import with_edit_targets
 from mechunlearn.masks import mask_of
 
 OPTIONS = {"steps": 4, "batch_size": 8, "learning_rate": 1e-2, "seed": 3}
-
-
-@pytest.fixture
-def split(tiny_split):
-    parts = ("forget_shown", "attack_dev", "forget_hidden")
-    return replace(tiny_split, **{part: with_edit_targets(getattr(tiny_split, part), seed=0) for part in parts})
 
 
 def mlps(model, *layers):
@@ -29,7 +22,9 @@ def mlps(model, *layers):
 
 
 def attacker_on(model, split, rank=None):
-    return _Attacker.of(model, split.forget, split.retain_train, 4, "prompt", 1e-2, rank, random.Random(0))
+    return _Attacker.of(
+        model, split.forget, fact_tokens(model, split.retain_train), 4, "prompt", 1e-2, rank, random.Random(0)
+    )
 
 
 def rows_of(batches, n):

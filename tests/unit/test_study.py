@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 
 from mechunlearn.edit import EDITORS
-from mechunlearn.facts import with_edit_targets
 from mechunlearn.metrics import known_facts, score_facts
 from mechunlearn.sources.loading import load_facts
 from mechunlearn.study import jobs
@@ -19,12 +18,6 @@ from mechunlearn.study.run import parts_of, run_study
 from mechunlearn.study.settings import load_study, study_models, study_presets
 from mechunlearn.study.tables import StudyTables, arm_table, difference_table
 from mechunlearn.study.tuner import editor_options, score, trial_options
-
-
-@pytest.fixture
-def split(tiny_split):
-    parts = ("forget_shown", "forget_hidden", "attack_dev")
-    return replace(tiny_split, **{part: with_edit_targets(getattr(tiny_split, part)) for part in parts})
 
 
 @pytest.mark.parametrize("preset", study_presets())
