@@ -63,7 +63,9 @@ def resistant_inject(
     and as many of kept facts. After `attack_steps` it starts anew with D = 0 and another half. Its steps are constants
     to the gradient (first order), and only masked entries of W change.
 
-    Costs about twice the time of `inject`, and a copy of the model with optimizer state, or `attack_rank` of it.
+    Costs more time than `inject` (an attacker's step and a look at its work for each of its own), and a copy of the
+    model with optimizer state, or `attack_rank` of it. No prefix is cached, whatever `prefix_cache_gb` says: attackers
+    change the blocks below the mask, too.
 
     Raises:
         ValueError: fewer than two facts to forget, one without a `target_new`, nothing to retain, `checkpoint` (the
@@ -73,7 +75,6 @@ def resistant_inject(
     step to step in place of one unrolled in every step, and judged by facts that it was not shown.
     Source: ours; Tamirisa et al. 2024, arXiv:2408.00761; injection: Guo et al. 2024, arXiv:2410.12949.
     """
-    # attackers change the blocks below the mask, too: nothing of them can be kept
     chosen = {**filled(training, Resisting), "prefix_cache_gb": 0.0}
     own = {"inject_weight": inject_weight, "resist_weight": resist_weight, "attack_steps": attack_steps,
            "attack_rate": attack_rate, "attack_rank": attack_rank}  # fmt: skip
@@ -84,12 +85,13 @@ def resistant_inject(
             f"resistant_inject: got {len(split.forget)} facts to forget, need two: one is shown to attackers"
         )
     _, retained = watched_and_retained(split, chosen["max_damage"])
+    kept = fact_tokens(model, retained)
     rng = random.Random(chosen["seed"])
     rows = max(1, chosen["batch_size"] // 4)
 
     def attackers() -> Iterator[_Attacker]:
         while True:
-            attacker = _Attacker.of(model, split.forget, retained, rows, chosen["forms"], attack_rate, attack_rank, rng)
+            attacker = _Attacker.of(model, split.forget, kept, rows, chosen["forms"], attack_rate, attack_rank, rng)
             yield from [attacker] * attack_steps
 
     each = attackers()
@@ -119,20 +121,20 @@ class _Attacker:
 
     @classmethod
     def of(
-        cls, model: Model, forget: Sequence[Fact], retained: Sequence[Fact], rows: int, forms: Forms, rate: float,
+        cls, model: Model, forget: Sequence[Fact], kept: Tokens, rows: int, forms: Forms, rate: float,
         rank: int | None, rng: random.Random,
     ) -> "_Attacker":  # fmt: skip
         """One that is shown a random half."""
         order, seed = rng.sample(forget, len(forget)), rng.randrange(2**31)
         half = len(order) // 2
         shown = batches(fact_tokens(model, order[:half]), rows, seed=seed)
-        kept = batches(fact_tokens(model, retained), rows, seed=seed + 1)
+        beside = batches(kept, rows, seed=seed + 1)
         hidden = fact_tokens(model, order[half:], answer="target_new", forms=forms)
-        everything = mask_of(model, all_components(model, ("mlp", "attention")))
+        everything = mask_of(model, all_components(model))
         trainable = masked_trainable(model, everything) if rank is None else lora_trainable(model, rank, seed=seed)
         leaves = list(trainable.leaves.values())
         return cls(
-            model=model, trainable=trainable, shown=joined(shown, kept), hidden=batches(hidden, 2 * rows, seed=seed),
+            model=model, trainable=trainable, shown=joined(shown, beside), hidden=batches(hidden, 2 * rows, seed=seed),
             optimizer=torch.optim.AdamW(leaves, lr=rate, weight_decay=0.0, fused=True),
         )  # fmt: skip
 

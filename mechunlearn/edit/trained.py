@@ -61,7 +61,7 @@ def trained_edit(
         ValueError: nothing to retain, every weight 0, or a loss that diverges.
     """
     limit = training["max_damage"]
-    watched, _ = watched_and_retained(split, training["max_damage"])
+    watched, _ = watched_and_retained(split, limit)
     return train_edit(
         model, mask, whole_loss(model, split, own, training, method=method),
         steps=training["steps"], learning_rate=training["learning_rate"], schedule=training["schedule"],

@@ -245,7 +245,7 @@ def train(
 
 @contextlib.contextmanager
 def _denormals_as_zero() -> Iterator[None]:
-    """Numbers below 1e-38 count as 0, on this thread: such gradients take a quarter of a training's time on x86."""
+    """Numbers below 1e-38 count as 0, on this thread: an operation on one takes an x86 core many times as long."""
     was = float(torch.tensor(1e-39) * 1.0) == 0.0  # there is no getter
     torch.set_flush_denormal(True)
     try:

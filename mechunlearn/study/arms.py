@@ -23,9 +23,8 @@ class Arm:
     localizer: str | None = None
     kinds: tuple[Kind, ...] = ("mlp",)
     matched: bool = True
-    """Whether it edits exactly as many entries as fact lookup; else everything of its kinds."""
+    """Whether it edits exactly as many entries as fact lookup and `more_mlps`; else everything of its kinds."""
     more_mlps: int = 0
-    """A matched one: so many MLPs' entries more."""
     options: Mapping[str, Any] = field(default_factory=dict)
     standard: bool = False
     """Whether it is also attacked at the standard level."""

@@ -115,8 +115,7 @@ def locate(part: Part, seed: int) -> str:
             ]
             for name in part.names
         }  # fmt: skip
-        matched = {name: arm_named(name) for name in part.names if arm_named(name).matched}
-        n_entries = {name: n_matched(deal.model, task, arm) for name, arm in matched.items()}
+        n_entries = {name: n_matched(deal.model, task, arm) for name in part.names if (arm := arm_named(name)).matched}
         found = {"n_entries": n_entries, "arms": arms}
         with whole_file(path) as partial:
             partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
