@@ -1,4 +1,4 @@
-"""A disruption budget: an edit ends where it begins to disturb what is kept by more than was allowed."""
+"""A disruption budget: no edit disturbs what is kept by more than was allowed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,16 +16,17 @@ from mechunlearn.prompts import render
 
 N_WATCHED = 48
 CHECKS = 12  # per training: a check costs about as much as a step
-PATIENCE = 4  # checks in a row beyond the limit: the first steps disturb what later ones mend
-RUNAWAY = 20.0  # times the limit: no later step mends that
+RUNAWAY = 20.0  # times the limit: no later step mends that; below it the first steps disturb what later ones mend
 BISECTIONS = 5  # to within 1/32 of the way
 MORE_BISECTIONS = 10  # where not even 1/32 of the way is inside
 
 
 @dataclass(kw_only=True, eq=False)
 class Budget:
-    """Watches the damage while a `Trainable` is trained; where it stays beyond the limit, ends and brings it back.
+    """Watches the damage while a `Trainable` is trained; where it ends beyond the limit, brings it back.
 
+    Back is on the straight line to the last state that a check found inside (the start, if none was), as far as it
+    takes. Training ends early only where the damage runs away: what is beyond the limit may yet come back by itself.
     Damage is the mean KL(original || edited) over the tokens of watched retained prompts, in nats: the measure that
     `evaluate` takes on `retain_test`, on facts that are in neither the training nor the test.
     """
@@ -39,8 +40,9 @@ class Budget:
     """At the last state that was kept."""
     stopped_at: int | None = None
     """The step after which training ended early."""
+    brought_back: bool = False
+    """Whether the training's end was beyond the limit."""
     _inside: dict[str, Tensor] = field(default_factory=dict)
-    _beyond: int = 0
 
     @classmethod
     def of(cls, model: Model, trainable: Trainable, watched: Sequence[Fact], *, limit: float, steps: int) -> "Budget":
@@ -62,25 +64,26 @@ class Budget:
             return False
         now = self.measure()
         if now <= self.limit:
-            self._inside, self.damage, self._beyond = _copy(self.trainable), now, 0
-            return False
-        self._beyond += 1
-        if self._beyond < PATIENCE and now < RUNAWAY * self.limit:
-            return False
-        self._bisect()
-        self.stopped_at = step
-        return True
+            self._inside, self.damage = _copy(self.trainable), now
+        elif not now < RUNAWAY * self.limit:  # not a number, too
+            self._bisect()
+            self.stopped_at = step
+        return self.stopped_at is not None
 
     def finish(self) -> None:
         """After the last step, which no check may have looked at."""
-        if self.stopped_at is None and self.measure() > self.limit:
+        if self.stopped_at is not None:
+            return
+        self.damage = self.measure()
+        if self.damage > self.limit:
             self._bisect()
-        elif self.stopped_at is None:
-            self.damage = self.measure()
 
     def notes(self) -> Mapping[str, Any]:
         """What is recorded beside the edit."""
-        return {"max_damage": self.limit, "damage": self.damage, "stopped_at": self.stopped_at}
+        return {
+            "max_damage": self.limit, "damage": self.damage, "stopped_at": self.stopped_at,
+            "brought_back": self.brought_back,
+        }  # fmt: skip
 
     def measure(self) -> float:
         """The damage at the present state of what is trained, in nats."""
@@ -90,6 +93,7 @@ class Budget:
     @torch.no_grad()
     def _bisect(self) -> None:
         """Go as far from the last state inside towards the present one as the limit allows, to within 1/32."""
+        self.brought_back = True
         outside, inside = _copy(self.trainable), self._inside
         low, high = 0.0, 1.0
         for n in range(BISECTIONS + MORE_BISECTIONS):

@@ -47,7 +47,7 @@ class Training(TypedDict, total=False):
     ]
     max_damage: Annotated[
         float | None,
-        Field(gt=0, default=None, description="nats: the edit ends where it disturbs retained facts more; see budget"),
+        Field(gt=0, default=None, description="nats: the edit disturbs watched retained facts no more; see budget"),
     ]
     prefix_cache_gb: Annotated[
         float,

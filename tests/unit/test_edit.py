@@ -393,23 +393,22 @@ def test_an_edit_ends_at_its_disruption_budget(tiny_model, split):
     limit = retained_kl(model, split, free) / 4
     held = inject(model, mask, split, **strong, max_damage=limit)
     assert 0.8 * limit < retained_kl(model, split, held) <= limit
-    assert held.notes["stopped_at"] < 12
+    assert held.notes["brought_back"]
     assert held.notes["damage"] == pytest.approx(retained_kl(model, split, held))
     generous = inject(model, mask, split, **strong, max_damage=100.0)
-    assert generous.notes["stopped_at"] is None
+    assert not generous.notes["brought_back"]
     assert generous.notes["damage"] == pytest.approx(retained_kl(model, split, generous))
 
 
 @pytest.mark.parametrize(
     ("damages", "stops_at"),
     [
-        ((0.5, 2.0, 3.0, 0.8, 2.0, 2.0, 2.0), None),  # the first steps disturb what later ones mend
-        ((0.5, 2.0, 2.0, 2.0, 2.0, 0.5), 5),
+        ((0.5, 2.0, 3.0, 2.0, 2.0, 2.0, 0.8), None),  # the first steps disturb what later ones mend
         ((0.5, 50.0, 0.5), 2),
         ((0.5, float("nan"), 0.5), 2),
     ],
 )
-def test_a_training_ends_where_it_stays_beyond_the_budget(damages, stops_at, tiny_model, split, monkeypatch):
+def test_a_training_ends_early_only_where_the_damage_runs_away(damages, stops_at, tiny_model, split, monkeypatch):
     model = tiny_model()
     trainable = masked_trainable(model, masks.mask_of(model, [MLP]))
     budget = Budget.of(model, trainable, split.retain_train[:2], limit=1.0, steps=1)
