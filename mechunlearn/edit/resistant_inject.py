@@ -94,11 +94,15 @@ def resistant_inject(
             attacker = _Attacker.of(model, split.forget, kept, rows, chosen["forms"], attack_rate, attack_rank, rng)
             yield from [attacker] * attack_steps
 
-    each = attackers()
+    each, batches_a_step = attackers(), chosen["accumulation"]
+    attacked: tuple[_Attacker, Mapping[str, Tensor]]
 
-    def withstood(_: int, forward: Forward) -> Tensor:
-        attacker = next(each)
-        shift = attacker.step(forward.detached())
+    def withstood(call: int, forward: Forward) -> Tensor:
+        nonlocal attacked
+        if call % batches_a_step == 0:
+            attacker = next(each)
+            attacked = attacker, attacker.step(forward.detached())
+        attacker, shift = attacked
         return answer_loss(*predict(forward.shifted(shift), next(attacker.hidden)))
 
     told = forget_rows(model, split, chosen, answer="target_new")

@@ -41,6 +41,16 @@ def test_an_attack_that_weighs_nothing_leaves_the_plain_injection(tiny_model, sp
     assert any(not torch.equal(value, attacked.values[name]) for name, value in plain.values.items())
 
 
+def test_attackers_step_once_a_step_however_many_batches_it_has(tiny_model, split, monkeypatch):
+    steps, own = [], _Attacker.step
+    monkeypatch.setattr(_Attacker, "step", lambda attacker, edited: steps.append(attacker) or own(attacker, edited))
+    model = tiny_model()
+    resistant_inject(model, mlps(model, 1), split, **OPTIONS, accumulation=3, attack_steps=2)
+    assert len(steps) == OPTIONS["steps"]
+    assert [len({id(a) for a in steps[i : i + 2]}) for i in (0, 2)] == [1, 1]
+    assert steps[0] is not steps[2]
+
+
 @pytest.mark.parametrize("rank", [None, 2])
 def test_an_attacker_relearns_what_it_is_shown_and_leaves_the_edited_model_alone(any_model, split, rank):
     model = any_model
