@@ -8,12 +8,13 @@ import pandas as pd
 from mechunlearn.files import replaceable, whole_folder
 from mechunlearn.report.study import arms_figure, claims_figure
 from mechunlearn.report.study_page import study_page
-from mechunlearn.study.claims import beside_published, claim_table
-from mechunlearn.study.run import Part, Progress, estimate, parts_of, run_study
-from mechunlearn.study.settings import load_study, study_presets
+from mechunlearn.study.claims import PAPERS_TASKS, beside_published, claim_table
+from mechunlearn.study.parts import Part, parts_of
+from mechunlearn.study.run import Progress, estimate, run_study
+from mechunlearn.study.settings import load_study
 from mechunlearn.study.tables import StudyTables, study_tables
 
-QUICK, EDITORS = "quick", "editors"
+QUICK = "quick"
 
 
 def chosen_parts(
@@ -25,8 +26,9 @@ def chosen_parts(
         FileNotFoundError: an unknown preset or model.
         ValueError: settings that do not fit.
     """
-    names = list(presets) or [name for name in study_presets() if name not in (QUICK, EDITORS)]
-    loaded = [load_study(name, model=model, seeds=seeds, device=device, workers=workers) for name in names]
+    loaded = [
+        load_study(name, model=model, seeds=seeds, device=device, workers=workers) for name in presets or PAPERS_TASKS
+    ]
     return parts_of(loaded, out)
 
 

@@ -26,16 +26,19 @@ class Arm:
     """Whether it edits exactly as many entries as fact lookup and `more_mlps`; else everything of its kinds."""
     more_mlps: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+    """The localizer's."""
     standard: bool = False
     """Whether it is also attacked at the standard level."""
     editor: str = "inject"
+    editing: Mapping[str, Any] = field(default_factory=dict)
+    """The editor's options, beside those of the task."""
     budget_share: float = 1.0
     """Of the task's `max_damage`."""
     slower: int = 1
     """So many times the task's steps, at learning rates that are as many times lower."""
 
 
-RESISTANT = "lookup-resistant"
+RESISTANT, UNRESISTED = "lookup-resistant", "lookup-unresisted"
 BOTH: tuple[Kind, ...] = ("mlp", "attention")
 LOOKUP, LOOKUP_PATHS = "lookup-probe", "lookup-paths"
 RANDOM_MLPS, ALL_MLPS, NONLOCALIZED = "random-mlps", "all-mlps", "nonlocalized"
@@ -50,13 +53,17 @@ ARMS = (
     Arm(name=RANDOM_MLPS, localizer="random_mlps", standard=True),
     Arm(name=ALL_MLPS, matched=False),
     Arm(name=NONLOCALIZED, kinds=BOTH, matched=False, standard=True),
-    # beyond the paper: these MLPs and the next best, trained against an attacker; the whole budget would be more damage
-    # than fact lookup's edit does
-    Arm(
-        name=RESISTANT, localizer="fact_lookup_probe", options={"draws": 1}, standard=True, editor="resistant_inject",
-        more_mlps=1, budget_share=0.8, slower=2,
-    ),
 )  # fmt: skip
+"""The paper's."""
+BEYOND_ARMS = tuple(
+    Arm(
+        name=name, localizer="fact_lookup_probe", options={"draws": 1}, standard=True, editor="resistant_inject",
+        editing=editing, more_mlps=1, budget_share=0.8, slower=2,
+    )
+    for name, editing in ((RESISTANT, {}), (UNRESISTED, {"resist_weight": 0.0}))
+)  # fmt: skip
+"""Fact lookup's MLPs and the next best, trained against an attacker; and the same without that attacker. The whole
+budget would be more damage than fact lookup's edit does."""
 EDITORS_COMPARED = (
     "forget", "gradient_ascent", "gradient_difference", "npo", "simnpo", "idk_dpo", "rmu", "weight_mask", "rome",
     "memit", "alphaedit", "lookup_erasure",
@@ -65,13 +72,14 @@ EDITOR_ARMS = tuple(
     Arm(name=editor, localizer="fact_lookup_probe", options={"draws": 1}, editor=editor) for editor in EDITORS_COMPARED
 )
 """Other ways to edit the MLPs of fact lookup; `LOOKUP` itself is `inject`, `RESISTANT` `resistant_inject`."""
+EVERY_ARM = (*ARMS, *BEYOND_ARMS, *EDITOR_ARMS)
 DRAWN = ("random", RANDOM_MLPS)
 """Arms that are drawn: `draw` tells draws of one seed apart."""
 
 
 def arm_named(name: str) -> Arm:
     """The arm of that name, without the number of a draw."""
-    return next(arm for arm in (*ARMS, *EDITOR_ARMS) if arm.name == name.partition("#")[0])
+    return next(arm for arm in EVERY_ARM if arm.name == name.partition("#")[0])
 
 
 def n_matched(model: Model, task: TaskSettings, arm: Arm) -> int:

@@ -13,12 +13,20 @@ from mechunlearn.study.tables import StudyTables
 # pandas has no complete types
 # pyright: standard
 
+PAPERS_TASKS = {
+    "sports-athletes-16": "athletes", "sports-athletes-64": "athletes", "sports-whole": "sport",
+    "counterfact-16": "counterfact", "counterfact-64": "counterfact",
+    "counterfact-sequential-4x16": "counterfact-sequential",
+}  # fmt: skip
+"""The paper's presets, with the task that its numbers are of."""
 ALPHA = 0.05
+FINISHED = 0.5  # mean P(injected answer) on the very prompts an edit was trained on, below which it is unfinished
 OUTPUT_TRACING = ("attribution-patching", "attribution-patching-mlps", "causal-tracing", "causal-tracing-mlps")
 CONTROLS = (RANDOM_MLPS, "random", ALL_MLPS, NONLOCALIZED)
 AGAINST = (LOOKUP_PATHS, *OUTPUT_TRACING, *CONTROLS)
 HOLDS, DOES_NOT, OPEN = "holds", "does not hold", "cannot be told here"
 SAME_EDIT = "both arms chose the same components, so they are the same edit"
+NO_TWIN = "there is no twin: what an attack brings back cannot be told from what it makes up"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,27 +68,42 @@ def claim_table(tables: StudyTables) -> pd.DataFrame:
 
     "holds": the interval of the difference is on the claimed side of 0 and Holm's p is below .05, for one of the
     claim's measures at least and against none of them; "does not hold": the same on the other side; "cannot be told
-    here": neither, or both arms are the same edit. An attack that was unhealthy under some seed decides nothing.
+    here": neither; or one of the edits is unfinished (mean P(injected answer) below `FINISHED`); or both arms are the
+    same edit; or there is no twin to compare an attack with. An attack that was unhealthy under some seed decides
+    nothing.
     """
     unhealthy = tables.arms.loc[tables.arms["measure"].str.endswith(", healthy") & (tables.arms["mean"] < 1)]
     broken = {(r["preset"], r["level"], r["arm"], r["measure"].partition(",")[0]) for r in unhealthy.to_dict("records")}
-    rows = []
+    halfway, rows = unfinished(tables), []
+    differences = tables.differences
+    compared = differences.loc[(differences["reference"] == LOOKUP) & differences["arm"].isin(AGAINST)]
     for claim in CLAIMS:
-        compared = tables.differences.loc[tables.differences["arm"].isin(AGAINST)]
         groups: Any = compared.groupby(["preset", "level", "arm"], sort=False)  # pandas has no complete types
         for (preset, level, arm), group in groups:
             found = {row["measure"]: row for row in group.to_dict("records")}
             told = [(found[m], sign) for m, sign in claim.measures if m in found]
-            if not told:
-                continue
+            attacks = {m: m.partition(",")[0] for m, _ in claim.measures}
             bad = [
-                m.partition(",")[0]
-                for m, _ in claim.measures
-                if any((preset, level, who, m.partition(",")[0]) in broken for who in (arm, LOOKUP))
-            ]
-            word, why = _word([pair for pair in told if pair[0]["measure"].partition(",")[0] not in bad], bad)
+                attack for attack in attacks.values()
+                if any((preset, level, who, attack) in broken for who in (arm, LOOKUP))
+            ]  # fmt: skip
+            if not told and not any(attack in found for attack in attacks.values()):
+                continue  # not measured at this level
+            short = [who for who in (LOOKUP, arm) if (preset, who) in halfway]
+            word, why = (
+                (OPEN, NO_TWIN) if not told
+                else (OPEN, f"unfinished at its end: {', '.join(short)}") if short
+                else _word([pair for pair in told if attacks[pair[0]["measure"]] not in bad], bad)
+            )  # fmt: skip
             rows.append((claim.name, preset, level, arm, word, why))
     return pd.DataFrame(rows, columns=pd.Index(["claim", "preset", "level", "against", "word", "why"]))
+
+
+def unfinished(tables: StudyTables) -> set[tuple[str, str]]:
+    """(preset, arm) of the edits that do not give the injected answers, on the prompts they were trained on."""
+    edited = tables.arms.loc[(tables.arms["measure"] == "edit") & (tables.arms["level"] == "quick")]
+    short = edited.loc[(edited["mean"] < FINISHED) & ~edited["arm"].str.startswith(("original", "suppressed"))]
+    return set(zip(short["preset"], short["arm"], strict=True))
 
 
 def _word(told: Sequence[tuple[dict[str, float], int]], bad: Sequence[str]) -> tuple[str, str]:
@@ -116,18 +139,16 @@ def published() -> pd.DataFrame:
 def beside_published(tables: StudyTables) -> pd.DataFrame:
     """Our means with their intervals beside the published number of the same task, arm and measure.
 
-    The paper has one row for fact lookup (probing for sports, path patching for CounterFact). Its relearning and
+    The paper's fact lookup is by probing for sports and by path patching for CounterFact; the other one has no number.
+    Its relearning and
     probing are P or accuracy of the true answer after the attack, ours P(true | candidates without the injected one):
     compare the order of arms, not the levels.
     """
     paper = published()
-    tasks = {"sports-athletes-16": "athletes", "sports-athletes-64": "athletes", "sports-whole": "sport",
-             "counterfact-16": "counterfact", "counterfact-64": "counterfact",
-             "counterfact-sequential-4x16": "counterfact-sequential"}  # fmt: skip
     quick = tables.arms.loc[tables.arms["level"] == "quick"]
-    ours = quick.assign(
-        task=quick["preset"].map(tasks), paper_arm=quick["arm"].replace({LOOKUP: "lookup", LOOKUP_PATHS: "lookup"})
-    )
+    by_probing = quick["preset"].str.startswith("sports")
+    is_lookup = (by_probing & (quick["arm"] == LOOKUP)) | (~by_probing & (quick["arm"] == LOOKUP_PATHS))
+    ours = quick.assign(task=quick["preset"].map(PAPERS_TASKS), paper_arm=quick["arm"].where(~is_lookup, "lookup"))
     return ours.merge(
         paper.rename(columns={"arm": "paper_arm", "value": "published"}), on=["task", "paper_arm", "measure"]
     ).loc[:, ["preset", "arm", "measure", "mean", "lower", "upper", "published", "cells", "source"]]

@@ -22,6 +22,7 @@ from mechunlearn.controls.fabricated import fabricated_split
 from mechunlearn.edit import EDITORS
 from mechunlearn.edit.budget import set_aside
 from mechunlearn.edit.edits import WeightEdit, applied
+from mechunlearn.edit.training import Diverged
 from mechunlearn.evaluate import Baseline, Evaluation, evaluate, take_baseline
 from mechunlearn.evaluate.capability import capability_rows
 from mechunlearn.facts import Fact, FactSplit, with_edit_targets
@@ -35,8 +36,8 @@ from mechunlearn.study.settings import ModelSettings, StudySettings
 
 Level = Literal["tune", "quick", "standard"]
 N_EVALUATED = 48  # facts of a part
-Subject = Literal["model", "twin", "made-up"]
-"""Who is edited and attacked; "made-up": the model, attacked for made-up facts, where there is no twin."""
+Side = Literal["model", "twin", "made-up"]
+"""What is edited and attacked; "made-up": the model, attacked for made-up facts, where there is no twin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Job:
     study: StudySettings
     model: ModelSettings
     seed: int
-    on: Subject = "model"
+    on: Side = "model"
     level: Level = "quick"
     blocks: tuple[tuple[str, ...], ...] = ()
     """Components of each block, best first; none: the model as it is."""
@@ -67,21 +68,22 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """Equal for jobs that give the same result, whatever arm or preset asks for them."""
+        """Equal for jobs that give the same result, whatever arm or preset asks for them; defaults count as given."""
         task = self.model.tasks[self.study.task].facts.model_dump(), self.model.tasks[self.study.task].target
+        method = SUPPRESSIONS.get(self.suppression) if self.suppression else EDITORS.get(self.editor)
+        attacks = {name: ATTACKS.get(name).validate(given) for name, given in self.attacks.items()}
         data = [
             self.model.model, self.model.twin, self.model.dtype, task, self.study.n, self.study.blocks, self.seed,
-            self.on, self.level, self.attacks, self.blocks, self.n_entries, self.editor, self.options, self.suppression,
-            self.false_labels, version("mechunlearn"),
+            self.on, self.level, attacks, self.blocks, self.n_entries, self.editor, method.validate(self.options),
+            self.suppression, self.false_labels, self.model.side_effects, self.model.capability, version("mechunlearn"),
         ]  # fmt: skip
-        if self.model.side_effects or self.model.capability:
-            data += [self.model.side_effects, self.model.capability]
         return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @property
     def edit_digest(self) -> str:
         """Equal for jobs that look at the same edited model."""
-        return replace(self, level="tune", false_labels=False).digest
+        on: Side = "twin" if self.on == "twin" else "model"
+        return replace(self, level="tune", false_labels=False, on=on).digest
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,7 +91,8 @@ class Outcome:
     """What a job found."""
 
     record: Mapping[str, Any]
-    """components, n_selected, options, notes of the edit, p_true of the hidden facts by prompt, seconds, ..."""
+    """components, n_selected, options, notes of the edit, `hidden_p_true` (mean over the hidden facts by prompt, among
+    all candidates and among those that are not the wrong answer), seconds, ..."""
     evaluation: Evaluation | None
     attacks: tuple[AttackResult, ...]
 
@@ -109,31 +112,42 @@ def is_done(job: Job, home: Path) -> bool:
     return (home / job.digest / "record.json").is_file()
 
 
-def carry_out(jobs: Sequence[Job], home: Path) -> tuple[str, ...]:
-    """Do those of the jobs that are not done, and return all digests: the names of their folders in `home`.
+def carry_out(jobs: Sequence[Job], home: Path) -> None:
+    """Do those of the jobs that are not done; each leaves the folder of its digest in `home`.
 
-    The jobs share one edit, which is made once; so is an attack that several of them ask for.
+    The jobs share one edit, which is made once; so is an attack that several of them ask for. A trial of the tuner
+    that diverges is a trial without a score.
     """
-    if todo := [job for job in jobs if not is_done(job, home)]:
-        started, first = time.monotonic(), todo[0]
-        deal = dealt(first.study.model_dump_json(), first.model.model_dump_json(), first.seed)
-        model = deal.twin if first.on == "twin" else deal.model
-        if model is None:
-            raise ValueError(f"study {first.study.name}: model '{first.model.name}' has no twin")
-        baseline = take_baseline(model, deal.split) if any(map(_is_evaluated, todo)) else None
-        attacked: dict[str, AttackResult] = {}
-        with ExitStack() as stack:
+    todo = [job for job in jobs if not is_done(job, home)]
+    if not todo:
+        return
+    started, first = time.monotonic(), todo[0]
+    deal = dealt(first.study.model_dump_json(), first.model.model_dump_json(), first.seed)
+    model = deal.twin if first.on == "twin" else deal.model
+    if model is None:
+        raise ValueError(f"study {first.study.name}: model '{first.model.name}' has no twin")
+    baseline = take_baseline(model, deal.split) if any(map(_is_evaluated, todo)) else None
+    attacked: dict[str, AttackResult] = {}
+    with ExitStack() as stack:
+        try:
             edits, acceptance = _edits(first, deal, model, stack)
-            made = {
-                "components": [list(block) for block in first.blocks], "options": dict(first.options),
-                "n_selected": [edit.mask.n_selected for edit in edits], "notes": [dict(edit.notes) for edit in edits],
-                "loss": [edit.history[-1] for edit in edits if edit.history],
-            } | ({} if acceptance is None else {"acceptance": asdict(acceptance)})  # fmt: skip
-            for job in todo:
-                looked = _look(job, deal, model, baseline, attacked)
-                _save(job, home, *looked, made | {"seconds": round(time.monotonic() - started, 1)})
-                started = time.monotonic()
-    return tuple(job.digest for job in jobs)
+        except Diverged as error:
+            if any(job.level != "tune" for job in todo):
+                raise
+            seconds = round(time.monotonic() - started, 1)
+            _save(first, home, None, [], {"diverged": str(error), "score": {}, "notes": [], "seconds": seconds})
+            return
+        made: dict[str, Any] = {
+            "components": [list(block) for block in first.blocks], "options": dict(first.options),
+            "n_selected": [edit.mask.n_selected for edit in edits], "notes": [dict(edit.notes) for edit in edits],
+            "loss": [edit.history[-1] for edit in edits if edit.history],
+        }  # fmt: skip
+        if acceptance is not None:
+            made |= {"refused": acceptance.reason, "acceptance": asdict(acceptance)}
+        for job in todo:
+            evaluation, results, found = _look(job, deal, model, baseline, attacked)
+            _save(job, home, evaluation, results, found | made | {"seconds": round(time.monotonic() - started, 1)})
+            started = time.monotonic()
 
 
 def _is_evaluated(job: Job) -> bool:
@@ -152,22 +166,17 @@ def _look(
     for name, given in job.attacks.items():
         method = ATTACKS.get(name)
         options = method.validate(given) | {"seed": job.seed, "drop_targets": is_edited}
-        key = json.dumps([name, options, job.false_labels], sort_keys=True, default=str)
+        key = json.dumps([name, options, job.on, job.false_labels], sort_keys=True, default=str)
         if key not in attacked:
             attacked[key] = replace(method.function(model, split, **options), fold=split.fold)
         results.append(attacked[key])
     record: dict[str, Any] = {"score": tuning_score(model, deal.split)} if job.level == "tune" else {}
-    hidden = mean_of(model, split.forget_hidden, drop_targets=is_edited)["p_true"]
-    return evaluation, results, record | {"hidden_p_true": hidden}
+    levels = [mean_of(model, split.forget_hidden, drop_targets=drop)["p_true"] for drop in (False, True)]
+    return evaluation, results, record | {"hidden_p_true": dict(zip(("all", "without target"), levels, strict=True))}
 
 
 def _save(
-    job: Job,
-    home: Path,
-    evaluation: Evaluation | None,
-    results: Sequence[AttackResult],
-    found: Mapping[str, Any],
-    made: Mapping[str, Any],
+    job: Job, home: Path, evaluation: Evaluation | None, results: Sequence[AttackResult], found: Mapping[str, Any]
 ) -> None:
     about = {"digest": job.digest, "seed": job.seed, "on": job.on, "level": job.level}
     listed = {"evaluated": evaluation is not None, "attacks": [result.attack for result in results]}
@@ -176,7 +185,7 @@ def _save(
             evaluation.save(partial / "evaluation")
         for result in results:
             result.save(partial / result.attack)
-        text = json.dumps({**about, **found, **listed, **made}, indent=1)
+        text = json.dumps({**about, **found, **listed}, indent=1)
         (partial / "record.json").write_text(text, encoding="utf-8")
 
 
@@ -184,7 +193,7 @@ def _edits(job: Job, deal: Deal, model: Model, stack: ExitStack) -> tuple[list[W
     """Make and apply the job's edits, block by block, each on what the ones before left; is a suppression accepted?"""
     if job.suppression is not None:
         edit = SUPPRESSIONS.get(job.suppression).function(model, deal.split, **job.options, seed=job.seed)
-        acceptance = accept(model, deal.split, edit) if job.on == "model" else None
+        acceptance = accept(model, deal.split, edit) if job.on != "twin" else None
         stack.enter_context(applied(model, edit))
         return [edit], acceptance
     made: list[WeightEdit] = []

@@ -9,7 +9,7 @@ import pandas as pd
 from mechunlearn.attack.results import fact_id
 from mechunlearn.evaluate.capability import CAPABILITY
 from mechunlearn.study.jobs import Outcome
-from mechunlearn.study.run import Line
+from mechunlearn.study.parts import Line
 
 # pandas has no complete types
 # pyright: standard

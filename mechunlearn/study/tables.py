@@ -1,5 +1,6 @@
 """The study's tables: every arm with intervals, fact lookup against every other arm, verdicts, tuning, components."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +10,18 @@ import numpy as np
 import pandas as pd
 
 from mechunlearn.comparison import holm, paired_p_value
-from mechunlearn.evidence import PositiveControl, evidence_by_attack
 from mechunlearn.statistics import Interval, hierarchical_interval, seed_fact_table, seed_interval
-from mechunlearn.study.arms import LOOKUP, RANDOM_MLPS
-from mechunlearn.study.jobs import Outcome
+from mechunlearn.study.arms import LOOKUP, RANDOM_MLPS, UNRESISTED, arm_named
+from mechunlearn.study.jobs import is_done
+from mechunlearn.study.parts import Part, lines, trials, tuned
 from mechunlearn.study.rows import study_rows
-from mechunlearn.study.run import Line, Part, lines, trials, tuned
-from mechunlearn.verdict import Verdict, decide, demonstrate_power
+from mechunlearn.study.tuner import score
+from mechunlearn.study.verdicts import verdict_table
 
 # pandas has no complete types
 # pyright: standard
 
-DELTA = 0.1  # share of the knowledge that still counts as removed
+UNBOUNDED = ("perplexity ratio", "KL", "damage where watched")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,11 +31,12 @@ class StudyTables:
     arms: pd.DataFrame
     """preset, arm, level, measure, mean, lower, upper, n_facts, n_seeds."""
     differences: pd.DataFrame
-    """preset, level, measure, arm: fact lookup (probing) minus that arm on the same facts, with p and Holm's p."""
+    """preset, level, measure, reference, arm: the reference (fact lookup by probing, or `UNRESISTED`) minus that arm on
+    the same facts, with p and Holm's p."""
     verdicts: pd.DataFrame
     """preset, arm, level, word, reason, strongest attack with D and its bounds; all seeds together."""
     tuning: pd.DataFrame
-    """preset, arm, learning_rate, inject_weight, what was scored, chosen."""
+    """preset, arm, the options that are tuned, what was scored, whether the budget scaled the edit down, chosen."""
     components: pd.DataFrame
     """preset, arm, seed, block, components, share of them that fact lookup has, too."""
     draws: pd.DataFrame
@@ -67,8 +69,8 @@ def study_tables(parts: Sequence[Part]) -> StudyTables:
         "value"
     ].mean()
     return StudyTables(
-        arms=arm_table(rows), differences=difference_table(rows),
-        verdicts=pd.concat([_verdicts(part, found[part.study.name]) for part in done], ignore_index=True),
+        arms=arm_table(rows), differences=pd.concat([difference_table(rows), difference_table(rows, UNRESISTED)]),
+        verdicts=pd.concat([verdict_table(part, found[part.study.name]) for part in done], ignore_index=True),
         tuning=pd.concat([_tuning(part) for part in done], ignore_index=True),
         components=(components := pd.concat([_components(part) for part in done], ignore_index=True)),
         draws=drawn.merge(components.rename(columns={"arm": "draw"}), on=["preset", "draw", "seed"]),
@@ -78,13 +80,10 @@ def study_tables(parts: Sequence[Part]) -> StudyTables:
 def is_finished(part: Part) -> bool:
     """Whether every job of a preset is done."""
     try:
-        wanted = [job for tried in trials(part).values() for _, job in tried]
-        if not all((part.home / job.digest / "record.json").is_file() for job in wanted):
-            return False
         jobs = [job for line in lines(part, tuned(part)) for job in (line.edited, line.null)]
-    except FileNotFoundError:  # not even located
+    except FileNotFoundError:  # not even located or tuned
         return False
-    return all((part.home / job.digest / "record.json").is_file() for job in jobs)
+    return all(is_done(job, part.home) for job in jobs)
 
 
 def interval_of(rows: pd.DataFrame) -> Interval:
@@ -95,20 +94,29 @@ def interval_of(rows: pd.DataFrame) -> Interval:
 
 
 def arm_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Every arm and measure; rows hold every (seed, fact) once."""
+    """Every arm and measure; rows hold every (seed, fact) once. Intervals end where the measure itself does."""
     table = []
     groups: Any = rows.groupby(["preset", "arm", "level", "measure"], sort=False)  # pandas has no complete types
     for key, group in groups:
-        found = interval_of(group)
-        table.append((*key, found.value, found.lower, found.upper, found.n, group["seed"].nunique()))
+        found, (least, most) = interval_of(group), limits(key[-1])
+        bounds = max(found.lower, least), min(found.upper, most)
+        table.append((*key, found.value, *bounds, found.n, group["seed"].nunique()))
     columns = ["preset", "arm", "level", "measure", "mean", "lower", "upper", "n_facts", "n_seeds"]
     return pd.DataFrame(table, columns=pd.Index(columns))
+
+
+def limits(measure: str) -> tuple[float, float]:
+    """The least and the largest value that a measure can take."""
+    if measure.endswith(", excess"):
+        return -1.0, 1.0
+    return 0.0, math.inf if measure in UNBOUNDED else 1.0
 
 
 def difference_table(rows: pd.DataFrame, reference: str = LOOKUP) -> pd.DataFrame:
     """The reference arm minus every other edit, paired by seed and fact.
 
-    p: arms exchanged fact by fact (means over seeds); p_holm: corrected for the arms of one preset, level and measure.
+    p: arms exchanged fact by fact (means over seeds; NaN for a single fact); p_holm: corrected for the arms of one
+    preset, level and measure.
     """
     table: list[dict[str, Any]] = []
     groups: Any = rows.groupby(["preset", "level", "measure"], sort=False)
@@ -127,62 +135,16 @@ def difference_table(rows: pd.DataFrame, reference: str = LOOKUP) -> pd.DataFram
             p = paired_p_value(by_fact[reference].to_numpy(), by_fact[arm].to_numpy()) if len(by_fact) > 1 else np.nan
             compared.append(
                 dict(zip(("preset", "level", "measure"), key, strict=True))
-                | {"arm": arm, "difference": found.value, "lower": found.lower, "upper": found.upper, "p": p,
-                   "n_facts": found.n, "n_seeds": change["seed"].nunique(), "same": bool((change["value"] == 0).all())}
+                | {"reference": reference, "arm": arm, "difference": found.value, "lower": found.lower,
+                   "upper": found.upper, "p": p, "n_facts": found.n, "n_seeds": change["seed"].nunique(),
+                   "same": bool((change["value"] == 0).all())}
             )  # fmt: skip
-        for row, p in zip(compared, holm([row["p"] for row in compared]), strict=True):
-            table.append(row | {"p_holm": float(p)})
-    return pd.DataFrame(table)
-
-
-def _verdicts(part: Part, found: Sequence[Line]) -> pd.DataFrame:
-    """One verdict an arm and level, over all seeds (and the first draw) together."""
-    groups: dict[tuple[str, str], list[Line]] = {}
-    for line in found:
-        groups.setdefault((line.arm, line.level), []).append(line)
-    outcomes = {key: [_both(part, line) for line in group] for key, group in groups.items()}
-    before = outcomes["original", "quick"]
-    null = "twin" if part.model.twin else "proxy"
-    bounds: dict[str, Any] = {
-        "original": float(np.mean([u.record["hidden_p_true"] for u, _ in before])),
-        "null_before": float(np.mean([n.record["hidden_p_true"] for _, n in before])), "null": null, "delta": DELTA,
-    }  # fmt: skip
-    controls: dict[str, list[PositiveControl]] = {"quick": [], "standard": []}
-    for kind in part.model.controls:
-        for level in ("quick", "standard"):
-            pairs = outcomes[f"suppressed-{kind}", level]
-            accepted = all(not _reason(u) for u, _ in pairs)
-            evidence = _evidence(pairs, null)
-            controls[level].append(demonstrate_power(kind, evidence, accepted=accepted, **bounds))
-    rows = []
-    for (arm, level), pairs in outcomes.items():
-        if arm.startswith("suppressed"):
-            continue
-        verdict = decide(_evidence(pairs, null), controls=controls[level], **bounds)
-        rows.append({"preset": part.study.name, "arm": arm, "level": level, "word": str(verdict)} | _strongest(verdict))
-    return pd.DataFrame(rows)
-
-
-def _both(part: Part, line: Line) -> tuple[Outcome, Outcome]:
-    edited, null = (Outcome.load(part.home / job.digest) for job in (line.edited, line.null))
-    return edited, null
-
-
-def _reason(outcome: Outcome) -> str:
-    return str((outcome.record.get("acceptance") or {}).get("reason", ""))
-
-
-def _evidence(pairs: Sequence[tuple[Outcome, Outcome]], null: str) -> list[Any]:
-    edited, other = ([result for pair in pairs for result in pair[i].attacks] for i in (0, 1))
-    return evidence_by_attack(edited, other, paired=null == "twin")
-
-
-def _strongest(verdict: Verdict) -> dict[str, Any]:
-    row = max(verdict.rows, key=lambda row: row.share)
-    return {
-        "strongest": row.name, "D": row.share, "lower": row.lower, "upper": row.upper, "n_facts": row.n_facts,
-        "null": verdict.null, "reason": verdict.reason, "caveats": "; ".join(verdict.caveats),
-    }  # fmt: skip
+        tested = [row for row in compared if not math.isnan(row["p"])]
+        corrected = dict(zip((row["arm"] for row in tested), holm([row["p"] for row in tested]), strict=True))
+        table += [row | {"p_holm": float(corrected.get(row["arm"], math.nan))} for row in compared]
+    columns = ["preset", "level", "measure", "reference", "arm", "difference", "lower", "upper", "p", "n_facts",
+               "n_seeds", "same", "p_holm"]  # fmt: skip
+    return pd.DataFrame(table, columns=pd.Index(columns))
 
 
 def _tuning(part: Part) -> pd.DataFrame:
@@ -190,12 +152,13 @@ def _tuning(part: Part) -> pd.DataFrame:
     rows = []
     for arm, tried in trials(part).items():
         for options, job in tried:
-            record = Outcome.load(part.home / job.digest).record
-            damage = max((note["damage"] for note in record["notes"]), default=np.nan)
-            stopped = any(note["stopped_at"] is not None for note in record["notes"])
+            record = part.outcome(job).record
+            damage = max((note["damage"] for note in record["notes"] if "damage" in note), default=np.nan)
+            beyond = any(note.get("brought_back", False) for note in record["notes"])
             rows.append(
-                {"preset": part.study.name, "arm": arm, **options, **record["score"], "damage": damage,
-                 "stopped by the budget": stopped, "chosen": options == best[arm]}
+                {"preset": part.study.name, "arm": arm, **options, **record["score"],
+                 "score": score(arm_named(arm), record["score"]), "damage": damage,
+                 "brought back to the budget": beyond, "chosen": options == best[arm]}
             )  # fmt: skip
     return pd.DataFrame(rows)
 

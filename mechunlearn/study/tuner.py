@@ -1,5 +1,6 @@
 """What the tuner tries for an arm: as many trials for every arm, each by what its editor is tuned with."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,11 +33,11 @@ def editor_options(arm: Arm, study: StudySettings, task: TaskSettings) -> Option
         }  # fmt: skip
     if "attack_rank" in known:
         options["attack_rank"] = task.attack_rank
-    return options
+    return {**options, **arm.editing}
 
 
 def trial_options(arm: Arm, task: TaskSettings) -> list[Options]:
-    """What is tried for an arm: the task's learning rates and weights, or as many values of the editor's own."""
+    """What is tried for an arm: the task's learning rates and weights, or in their place the editor's own values."""
     if arm.editor in OWN_TRIALS:
         name, values = OWN_TRIALS[arm.editor]
         return [{name: values[i % len(values)]} for i in range(len(task.trials))]
@@ -45,5 +46,10 @@ def trial_options(arm: Arm, task: TaskSettings) -> list[Options]:
 
 
 def score(arm: Arm, found: Mapping[str, float]) -> float:
-    """How good a trial is, from `jobs.tuning_score`: without P(wrong answer) where the editor teaches none."""
+    """How good a trial is, from `jobs.tuning_score`: without P(wrong answer) where the editor teaches none.
+
+    One that diverged found nothing, and is worse than all others.
+    """
+    if not found:
+        return -math.inf
     return found["score"] if arm.editor in TEACHING else found["maintain"] - found["forget"]

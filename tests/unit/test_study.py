@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,17 +8,20 @@ import pandas as pd
 import pytest
 
 from mechunlearn.edit import EDITORS
+from mechunlearn.edit.training import Diverged
 from mechunlearn.metrics import known_facts, score_facts
 from mechunlearn.sources.loading import load_facts
 from mechunlearn.study import jobs
 from mechunlearn.study.arms import ARMS, DRAWN, LOOKUP, arm_named, n_matched, probed_facts, ranked_components
 from mechunlearn.study.claims import CLAIMS, DOES_NOT, HOLDS, OPEN, claim_table, published
-from mechunlearn.study.deals import _elsewhere
-from mechunlearn.study.jobs import Job, carry_out, exact_mask, is_done, with_false_labels
-from mechunlearn.study.run import parts_of, run_study
+from mechunlearn.study.deals import Deal, _elsewhere
+from mechunlearn.study.jobs import Job, Outcome, carry_out, exact_mask, is_done, with_false_labels
+from mechunlearn.study.parts import parts_of
+from mechunlearn.study.run import run_study
 from mechunlearn.study.settings import load_study, study_models, study_presets
-from mechunlearn.study.tables import StudyTables, arm_table, difference_table
+from mechunlearn.study.tables import StudyTables, arm_table, difference_table, limits
 from mechunlearn.study.tuner import editor_options, score, trial_options
+from mechunlearn.study.verdicts import accepted, levels_before
 
 
 @pytest.mark.parametrize("preset", study_presets())
@@ -160,7 +164,7 @@ def test_a_job_that_is_done_is_not_done_again(tmp_path, monkeypatch):
     (tmp_path / job.digest / "record.json").write_text("{}")
     monkeypatch.setattr(jobs, "dealt", lambda *_: pytest.fail("it was done again"))
     assert is_done(job, tmp_path)
-    assert carry_out([job], tmp_path) == (job.digest,)
+    carry_out([job], tmp_path)
 
 
 def long_rows(values: dict[str, list[float]], measure: str = "multiple choice, edit") -> pd.DataFrame:
@@ -185,6 +189,23 @@ def test_differences_are_paired_by_fact_and_mean_over_seeds():
     arms = arm_table(rows).set_index("arm")
     assert arms.loc[LOOKUP, "mean"] == pytest.approx(0.725)
     assert (arms["n_seeds"] == 5).all()
+
+
+def test_intervals_end_where_a_measure_does():
+    values = {LOOKUP: [0.0, 0.0, 0.0, 1.0], "random": [1.0, 1.0, 1.0, 0.0]}
+    for measure, least, most in (("forget", 0, 1), ("relearning, excess", -1, 1), ("KL", 0, math.inf)):
+        assert limits(measure) == (least, most)
+        assert arm_table(long_rows(values, measure))[["lower", "upper"]].stack().between(least, most).all()
+    assert arm_table(long_rows({LOOKUP: [0.0, 0.0, 0.0, 9.0]}, "KL"))["upper"].max() > 1
+
+
+def test_a_measure_of_one_fact_is_not_tested_and_no_arms_leave_an_empty_table(tmp_path):
+    found = difference_table(long_rows({LOOKUP: [0.5], "random": [0.1]}).assign(fact="only"))
+    assert found[["p", "p_holm"]].isna().all(axis=None)
+    alone = difference_table(long_rows({LOOKUP: [0.5, 0.4]}))
+    assert not len(alone)
+    alone.to_csv(tmp_path / "alone.csv", index=False)
+    assert list(pd.read_csv(tmp_path / "alone.csv")) == list(alone)
 
 
 def claims_of(rows: pd.DataFrame) -> pd.DataFrame:
@@ -219,6 +240,55 @@ def test_an_unhealthy_attack_decides_no_claim():
     assert claims_of(pd.concat([rows, healthy])).loc[("relearning resistance", "random"), "word"] == HOLDS
     healthy.loc[0, "value"] = 0.0
     assert claims_of(pd.concat([rows, healthy])).loc[("relearning resistance", "random"), "word"] == OPEN
+
+
+def test_an_unfinished_edit_decides_no_claim():
+    values = {LOOKUP: [0.9, 0.8, 0.85, 0.95], "random": [0.2, 0.1, 0.15, 0.3]}
+    for edited, word in ((0.9, HOLDS), (0.4, OPEN)):
+        given = long_rows({LOOKUP: [0.99] * 4, "random": [edited] * 4}, "edit")
+        found = claims_of(pd.concat([long_rows(values), given])).loc[("format generalization", "random")]
+        assert found["word"] == word
+        assert ("unfinished at its end: random" in found["why"]) == (word == OPEN)
+
+
+def test_without_a_twin_claims_on_attacks_cannot_be_told():
+    values = {LOOKUP: [0.1, 0.1, 0.2, 0.1], "random": [0.8, 0.7, 0.9, 0.8]}
+    found = claims_of(long_rows(values, "relearning"))  # no null, no excess
+    assert list(found["word"]) == [OPEN]
+    assert "no twin" in found.loc[("relearning resistance", "random"), "why"]
+
+
+def outcome(**record: object) -> Outcome:
+    return Outcome(record=record, evaluation=None, attacks=())
+
+
+def test_a_control_that_is_refused_under_one_seed_is_not_accepted():
+    fine, refused = outcome(refused=""), outcome(refused="retained facts fell from 100% to 94%")
+    assert accepted([(fine, outcome()), (fine, outcome())])
+    assert not accepted([(fine, outcome()), (refused, outcome())])
+
+
+def test_an_edit_is_held_against_what_was_known_among_its_own_candidates():
+    model, twin = ({"all": 0.9, "without target": 0.95}, {"all": 0.1, "without target": 0.2})
+    before = [(outcome(hidden_p_true=model), outcome(hidden_p_true=twin))]
+    assert levels_before(before, edited=True) == {"original": 0.95, "null_before": 0.2}
+    assert levels_before(before, edited=False) == {"original": 0.9, "null_before": 0.1}
+
+
+def test_a_trial_that_diverges_has_no_score_and_an_edit_that_does_ends_the_study(
+    tmp_path, monkeypatch, tiny_model, split
+):
+    study, model = load_study("quick")
+    deal = Deal(model=tiny_model(), twin=None, split=split, blocks=(split,), elsewhere=())
+    monkeypatch.setattr(jobs, "dealt", lambda *_: deal)
+    wild = Job(study=study, model=model, seed=0, blocks=(("m1",),), options={"steps": 30, "learning_rate": 1e30})
+    trial = replace(wild, level="tune")
+    carry_out([trial], tmp_path)
+    record = Outcome.load(tmp_path / trial.digest).record
+    assert "lower the learning_rate" in record["diverged"]
+    assert score(arm_named(LOOKUP), record["score"]) == -math.inf
+    with pytest.raises(Diverged):
+        carry_out([wild], tmp_path)
 
 
 def test_published_numbers_are_of_known_arms_and_probabilities():

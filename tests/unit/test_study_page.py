@@ -4,15 +4,18 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mechunlearn.report.study_page import beyond_table, markdown, same_edits, study_page, verdict
-from mechunlearn.study.arms import LOOKUP, RESISTANT
+from mechunlearn.report.beyond import beyond_table
+from mechunlearn.report.study_numbers import markdown, same_edits
+from mechunlearn.report.study_page import study_page, verdict
+from mechunlearn.study.arms import LOOKUP, RESISTANT, UNRESISTED
 from mechunlearn.study.claims import CLAIMS, DOES_NOT, HOLDS, OPEN, SAME_EDIT, claim_table
 from mechunlearn.study.tables import StudyTables, arm_table, difference_table
 
 PRESET = "sports-athletes-16"
 VALUES = {
     "multiple choice, edit": {LOOKUP: 0.9, "random-mlps": 0.4, "all-mlps": 0.9, RESISTANT: 0.2},
-    "relearning, excess": {LOOKUP: 0.5, "random-mlps": 0.2, "all-mlps": 0.5, RESISTANT: 0.1},
+    "relearning": {LOOKUP: 0.6, "random-mlps": 0.3, "all-mlps": 0.6, RESISTANT: 0.2, UNRESISTED: 0.4},
+    "relearning, excess": {LOOKUP: 0.5, "random-mlps": 0.2, "all-mlps": 0.5, RESISTANT: 0.1, UNRESISTED: 0.3},
     "KL": {LOOKUP: 0.02, "random-mlps": 0.03, "all-mlps": 0.02, RESISTANT: 0.01},
 }
 
@@ -43,7 +46,8 @@ def tables() -> StudyTables:
           "lower": 0.4, "upper": 0.6}]
     )  # fmt: skip
     return StudyTables(
-        arms=arm_table(rows), differences=difference_table(rows), verdicts=verdicts,
+        arms=arm_table(rows), verdicts=verdicts,
+        differences=pd.concat([difference_table(rows), difference_table(rows, UNRESISTED)], ignore_index=True),
         tuning=pd.DataFrame({"preset": []}), components=components, draws=draws,
     )  # fmt: skip
 
@@ -74,12 +78,31 @@ def test_a_page_of_saved_tables_is_the_page(tables, tmp_path):
 
 
 def test_the_resistant_edit_is_ahead_where_less_comes_back(tables):
-    head, row = beyond_table(tables, "quick")
-    assert head[2] == "lookup-probe minus lookup-resistant"
-    assert row[:2] == [PRESET, "relearning"]
-    assert row[2].startswith("0.40 [")
-    assert float(row[3]) < 0.05
+    first, second = beyond_table(tables, "quick")[1:]
+    for row, reference, difference in ((first, LOOKUP, "0.40 ["), (second, UNRESISTED, "0.20 [")):
+        assert row[:3] == [PRESET, "relearning", reference]
+        assert row[3].startswith(difference)
+        assert float(row[5]) < 0.05
+        assert row[-1] == "less"
     assert len(beyond_table(tables, "standard")) == 1
+
+
+def test_the_resistant_edit_is_not_ahead_where_an_attack_was_unhealthy(tables):
+    ill = {"preset": PRESET, "arm": RESISTANT, "level": "quick", "measure": "relearning, healthy", "mean": 0.8,
+           "lower": 0.0, "upper": 1.0, "n_facts": 5, "n_seeds": 5}  # fmt: skip
+    found = replace(tables, arms=pd.concat([tables.arms, pd.DataFrame([ill])], ignore_index=True))
+    assert [row[-4:] for row in beyond_table(found, "quick")[1:]] == [["1", "20", "5", "open"]] * 2
+
+
+def test_presets_with_other_arms_share_a_page(tables):
+    other = tables.arms.loc[tables.arms["arm"].isin((LOOKUP, "all-mlps"))].assign(preset="p2")
+    components = tables.components.loc[tables.components["arm"] == LOOKUP].assign(preset="p2")
+    both = replace(tables, arms=pd.concat([tables.arms, other]), components=pd.concat([tables.components, components]))
+    assert same_edits(both)[1:] == [["random-mlps", "80%, 90%", ""], ["all-mlps", "100%, 90%", ""]]
+    page = study_page(both, claim_table(both))
+    assert (
+        len([line for line in page.splitlines() if line.startswith("| all-mlps |") and line.count("0.92 [") == 2]) == 1
+    )
 
 
 def test_arms_with_fact_lookups_components_are_named(tables):

@@ -1,0 +1,49 @@
+"""Beyond the paper: what an edit that is trained against relearning leaves to bring back, beside edits that are not."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mechunlearn.comparison import holm
+from mechunlearn.report.study_numbers import Table, interval
+from mechunlearn.study.arms import RESISTANT
+from mechunlearn.study.claims import ALPHA
+from mechunlearn.study.tables import StudyTables
+
+# pandas has no complete types
+# pyright: standard
+
+
+def beyond_table(tables: StudyTables, level: str) -> Table:
+    """What the resistant edit leaves less than another one, attack by attack; above 0 it leaves less.
+
+    Excess over the equally edited and attacked twin, and beside it on the edited model alone. Holm's p is corrected for
+    the attacks of one preset, level and reference. "less" or "more" is said where the interval of the excess excludes
+    0, Holm's p is below .05, and the attack was healthy under every seed, on all sides.
+    """
+    table = [["preset", "attack", "minus " + RESISTANT, "excess", "edited model alone", "Holm's p", "unhealthy seeds",
+              "facts", "seeds", "comes back"]]  # fmt: skip
+    found = tables.differences
+    found = found.loc[(found["arm"] == RESISTANT) & (found["level"] == level)]
+    groups: Any = found.groupby(["preset", "reference"], sort=False)  # pandas has no complete types
+    for (preset, reference), group in groups:
+        by_measure = {row["measure"]: row for row in group.to_dict("records")}
+        excesses = [row for measure, row in by_measure.items() if measure.endswith(", excess")]
+        for row, p in zip(excesses, holm([row["p"] for row in excesses]), strict=True):
+            attack = row["measure"].removesuffix(", excess")
+            ill = unhealthy_seeds(tables, preset, level, (reference, RESISTANT), attack)
+            clear = p < ALPHA and not ill
+            word = "less" if clear and row["lower"] > 0 else "more" if clear and row["upper"] < 0 else "open"
+            table.append(
+                [preset, attack, reference, interval(row, "difference"), interval(by_measure[attack], "difference"),
+                 f"{p:.4f}", str(ill), str(row["n_facts"]), str(row["n_seeds"]), word]
+            )  # fmt: skip
+    return table
+
+
+def unhealthy_seeds(tables: StudyTables, preset: str, level: str, arms: Sequence[str], attack: str) -> int:
+    """Under how many seeds an attack was unhealthy, at most, on one of the arms or its twin."""
+    own = tables.arms.loc[
+        (tables.arms["preset"] == preset) & (tables.arms["level"] == level) & tables.arms["arm"].isin(arms)
+        & (tables.arms["measure"] == f"{attack}, healthy")
+    ]  # fmt: skip
+    return round(float(((1 - own["mean"]) * own["n_seeds"]).sum()))

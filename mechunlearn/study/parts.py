@@ -1,0 +1,167 @@
+"""A preset's parts: its arms, the jobs that tune them, and the lines that results are from."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mechunlearn.registry import did_you_mean
+from mechunlearn.study.arms import ALL_MLPS, ARMS, DRAWN, EVERY_ARM, LOOKUP, NONLOCALIZED, Arm, arm_named
+from mechunlearn.study.jobs import Job, Level, Outcome
+from mechunlearn.study.settings import ModelSettings, StudySettings
+from mechunlearn.study.tuner import editor_options, score, trial_options
+
+Located = Mapping[str, Sequence[Sequence[str]]]
+"""Arm (with "#k" for the k-th draw) -> the components of each block, best first."""
+DEVELOPMENT = 1000  # added to the seed: the deal that editors are tuned on
+COPIED = {"random-mlps#0": LOOKUP, ALL_MLPS: NONLOCALIZED}
+"""Arms that are run a second time with the options of another, which the paper gave them in place of their own."""
+LEVELS: tuple[Level, ...] = ("quick", "standard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One arm under one seed: its job on the model and on its null."""
+
+    preset: str
+    arm: str
+    seed: int
+    level: Level
+    edited: Job
+    null: Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One preset with everything that was found out before its arms are run."""
+
+    study: StudySettings
+    model: ModelSettings
+    arms: tuple[Arm, ...]
+    home: Path
+
+    @property
+    def names(self) -> list[str]:
+        """The arms' names, drawn ones once a draw."""
+        drawn = {arm.name: [f"{arm.name}#{k}" for k in range(self.study.draws)] for arm in self.arms}
+        drawn |= {"random": ["random#0"]}
+        return [name for arm in self.arms for name in (drawn[arm.name] if arm.name in DRAWN else [arm.name])]
+
+    @property
+    def seeds(self) -> range:
+        """The seeds that results are from."""
+        return range(self.study.seed, self.study.seed + self.study.seeds)
+
+    def located(self, seed: int) -> Located:
+        """What `locate` wrote."""
+        return json.loads(located_path(self, seed).read_text(encoding="utf-8"))["arms"]
+
+    def n_entries(self, name: str, seed: int) -> int | None:
+        """What an arm edits, if it is a matched one."""
+        return json.loads(located_path(self, seed).read_text(encoding="utf-8"))["n_entries"].get(name)
+
+    def outcome(self, job: Job) -> Outcome:
+        """What a job that is done found."""
+        return Outcome.load(self.home / job.digest)
+
+    def job(self, name: str, seed: int, options: Mapping[str, Any], **more: Any) -> Job:
+        """The job of an arm (or a draw of it)."""
+        arm, task = arm_named(name), self.model.tasks[self.study.task]
+        return Job(
+            study=self.study, model=self.model, seed=seed, blocks=tuple(map(tuple, self.located(seed)[name])),
+            n_entries=self.n_entries(name, seed), editor=arm.editor,
+            options={**editor_options(arm, self.study, task), **options}, **more,
+        )  # fmt: skip
+
+
+def located_path(part: Part, seed: int) -> Path:
+    """Named by everything that decides where the arms edit."""
+    study, model = part.study, part.model
+    task = model.tasks[study.task]
+    data = [
+        study.task, study.n, study.blocks, study.published_components, part.names, model.model, model.twin, model.dtype,
+        task.facts.model_dump(), task.target, task.n_mlps, task.components, version("mechunlearn"),
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
+    return part.home / "located" / f"{study.name}-{digest}-{seed}.json"
+
+
+def trials(part: Part) -> dict[str, list[tuple[dict[str, Any], Job]]]:
+    """Of every arm the options that the tuner tries, the same for all, and their jobs on the development deal."""
+    seed = part.study.seed + DEVELOPMENT
+    task = part.model.tasks[part.study.task]
+    tried: dict[str, list[tuple[dict[str, Any], Job]]] = {}
+    for arm in part.arms:
+        name = f"{arm.name}#0" if arm.name in DRAWN else arm.name
+        tried[arm.name] = [
+            (options, part.job(name, seed, options, level="tune")) for options in trial_options(arm, task)
+        ]
+    return tried
+
+
+def tuned(part: Part) -> dict[str, dict[str, Any]]:
+    """Of every arm the options with the best score; the first of equals."""
+    best: dict[str, dict[str, Any]] = {}
+    for arm, tried in trials(part).items():
+        scores = [score(arm_named(arm), part.outcome(job).record["score"]) for _, job in tried]
+        best[arm] = tried[scores.index(max(scores))][0]
+    return best
+
+
+def lines(part: Part, best: Mapping[str, Mapping[str, Any]]) -> list[Line]:
+    """Every arm under every seed: the unedited model, the positive controls, and the edits."""
+    study = part.study
+    null = "twin" if part.model.twin else "made-up"
+    found: list[Line] = []
+
+    def add(name: str, seed: int, level: Level, job: Job) -> None:
+        null_job = replace(job, on=null)
+        found.append(Line(preset=study.name, arm=name, seed=seed, level=level, edited=job, null=null_job))
+
+    for seed in part.seeds:
+        for level in LEVELS:
+            plain = Job(study=study, model=part.model, seed=seed, level=level)
+            if level == "quick" or seed == study.seed:
+                add("original", seed, level, plain)
+            if seed == study.seed:
+                for kind, options in part.model.controls.items():
+                    add(f"suppressed-{kind}", seed, level, replace(plain, suppression=kind, options=options))
+        for name in part.names:
+            arm = arm_named(name)
+            add(name, seed, "quick", part.job(name, seed, best[arm.name]))
+            if arm.standard and name.partition("#")[2] in ("", "0"):
+                add(name, seed, "standard", part.job(name, seed, best[arm.name], level="standard"))
+        for name, other in COPIED.items() if "copied options" in study.defects else ():
+            if name in part.names and other in part.names:
+                add(f"{arm_named(name).name}, tuned as {other}", seed, "quick", part.job(name, seed, best[other]))
+        if "false labels" in study.defects:
+            add(f"{LOOKUP}, false labels", seed, "quick", part.job(LOOKUP, seed, best[LOOKUP], false_labels=True))
+    return found
+
+
+def parts_of(presets: Iterable[tuple[StudySettings, ModelSettings]], home: Path) -> list[Part]:
+    """The presets, ready to run in one folder.
+
+    Raises:
+        ValueError: an unknown arm, or arms without fact lookup, which the others are compared with.
+    """
+    parts: list[Part] = []
+    for study, model in presets:
+        if study.name in (part.study.name for part in parts):
+            raise ValueError(f"study {study.name}: got two presets of this name; give one of them another")
+        names = study.arms or [arm.name for arm in ARMS]
+        for name in names:
+            if name not in (known := [arm.name for arm in EVERY_ARM]):
+                raise ValueError(f"study {study.name}: unknown arm {name!r}.{did_you_mean(name, known)}")
+        if "false labels" in study.defects and not all("relearning" in a for a in (model.quick, model.standard)):
+            raise ValueError(
+                f"study {study.name}: got the defect 'false labels', which needs relearning in {model.name}"
+            )
+        if LOOKUP not in names:
+            raise ValueError(f"study {study.name}: got arms {', '.join(names)}, which need {LOOKUP} to compare with")
+        arms = tuple(arm for arm in EVERY_ARM if arm.name in names)
+        parts.append(Part(study=study, model=model, arms=arms, home=home / "jobs"))
+    return parts
