@@ -144,12 +144,8 @@ def prepare(settings: Settings, *, load: Callable[..., Model] = load_model) -> S
         raise ValueError(f"{settings.model} knows none of the {len(pool)} facts to forget; choose facts that it knows")
     facts, forget = _drawn(settings.facts, facts, pool, kept, settings.seed)
     targeted = with_edit_targets(forget, seed=settings.seed)
-    few = [fact for fact in targeted if len(candidates(fact, drop_targets=True)) < 2]
-    if settings.arms and few:
-        raise ValueError(
-            f"{len(few)} facts to forget, first {few[0].key}, have two candidate answers, which leaves none to compare "
-            "with once one is injected; add choices, or leave these facts out"
-        )
+    if settings.arms:
+        check_candidates(targeted)
     split = split_facts(
         facts.where(lambda fact: fact.key in known), targeted,
         folds=settings.facts.folds, fold=settings.facts.fold, seed=settings.seed,
@@ -180,6 +176,15 @@ def localize(
     if forms is not None:
         scores = with_stability(stage.model, stage.split.forget, scores, method.function, options, forms=forms)
     return scores
+
+
+def check_candidates(forget: Sequence[Fact]) -> None:
+    """Raise a ValueError if a fact has nothing to be compared with once its wrong answer is injected."""
+    if few := [fact for fact in forget if len(candidates(fact, drop_targets=True)) < 2]:
+        raise ValueError(
+            f"{len(few)} facts to forget, first {few[0].key}, have two candidate answers, which leaves none to compare "
+            "with once one is injected; add choices, or leave these facts out"
+        )
 
 
 def choose_masks(stage: Stage, scores: Mapping[str, ComponentScores]) -> dict[str, ParameterMask]:

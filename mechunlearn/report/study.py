@@ -21,7 +21,7 @@ SHOWN = (
     ("probing, excess", "probing: excess over twin"),
     ("maintain", "maintain: P(true)"),
 )
-COLOURS = {HOLDS: theme.ORIGINAL, DOES_NOT: theme.BAD, OPEN: theme.QUIET}
+COLOURS = ((0, theme.BAD), (0.5, "#d5d8dd"), (1, theme.ORIGINAL))  # of `DOES_NOT`, `OPEN`, `HOLDS`
 
 
 def arms_figure(tables: StudyTables, preset: str) -> go.Figure:
@@ -85,7 +85,7 @@ def claims_figure(claims: pd.DataFrame) -> go.Figure:
         figure.add_trace(
             go.Heatmap(
                 z=z, x=arms, y=presets, zmin=0, zmax=2, showscale=False, xgap=2, ygap=2, text=shown, hovertext=text,
-                colorscale=[(0, COLOURS[DOES_NOT]), (0.5, "#d5d8dd"), (1, COLOURS[HOLDS])], texttemplate="%{text}",
+                colorscale=COLOURS, texttemplate="%{text}",
                 hovertemplate="%{y} against %{x}: %{hovertext}<extra></extra>", textfont={"size": 11},
             ),
             row=row, col=1,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from mechunlearn.cells import loaded
-from mechunlearn.experiment import prepare
+from mechunlearn.experiment import check_candidates, prepare
 from mechunlearn.facts import Fact, FactSplit, balanced_sample
 from mechunlearn.metrics import known_facts
 from mechunlearn.models import Model
@@ -39,7 +39,7 @@ def dealt(study_json: str, model_json: str, seed: int) -> Deal:
     """Load and deal; kept for the next jobs of the same preset and seed. Settings come as JSON, which hashes.
 
     Raises:
-        ValueError: facts or models that do not suit, see `experiment.prepare`.
+        ValueError: facts or models that do not suit, see `experiment.prepare` and `check_candidates`.
     """
     study, model = StudySettings.model_validate_json(study_json), ModelSettings.model_validate_json(model_json)
     task = model.tasks[study.task]
@@ -48,6 +48,7 @@ def dealt(study_json: str, model_json: str, seed: int) -> Deal:
             "facts": facts} | ({"twin": model.twin} if model.twin else {})  # fmt: skip
     stage = prepare(check_settings(data, f"study {study.name}"), load=loaded)
     split = _with_neighbors(_with_target(stage.split, task.target))
+    check_candidates(split.forget)
     blocks = tuple(_block(split, i, study.blocks) for i in range(study.blocks)) if study.blocks > 1 else (split,)
     return Deal(
         model=stage.model, twin=stage.twin, split=split, blocks=blocks,

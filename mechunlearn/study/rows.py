@@ -8,27 +8,27 @@ import pandas as pd
 
 from mechunlearn.attack.results import fact_id
 from mechunlearn.evaluate.capability import CAPABILITY
+from mechunlearn.study.deals import FORGET_PARTS
 from mechunlearn.study.jobs import Outcome
 from mechunlearn.study.parts import Line
 
 # pandas has no complete types
 # pyright: standard
 
-FORGET = ("forget_shown", "attack_dev", "forget_hidden")
 EVALUATED: dict[str, tuple[tuple[str, ...], str, str]] = {
-    "forget": (FORGET, "prompt", "p_true"),
-    "edit": (FORGET, "prompt", "p_new"),
-    "paraphrase, forget": (FORGET, "paraphrase", "p_true"),
-    "paraphrase, edit": (FORGET, "paraphrase", "p_new"),
-    "question, forget": (FORGET, "question", "p_true"),
-    "question, edit": (FORGET, "question", "p_new"),
-    "multiple choice, forget": (FORGET, "choice", "p_true"),
-    "multiple choice, edit": (FORGET, "choice", "p_new"),
+    "forget": (FORGET_PARTS, "prompt", "p_true"),
+    "edit": (FORGET_PARTS, "prompt", "p_new"),
+    "paraphrase, forget": (FORGET_PARTS, "paraphrase", "p_true"),
+    "paraphrase, edit": (FORGET_PARTS, "paraphrase", "p_new"),
+    "question, forget": (FORGET_PARTS, "question", "p_true"),
+    "question, edit": (FORGET_PARTS, "question", "p_new"),
+    "multiple choice, forget": (FORGET_PARTS, "choice", "p_true"),
+    "multiple choice, edit": (FORGET_PARTS, "choice", "p_new"),
     "maintain": (("retain_test",), "prompt", "p_true"),
     "multiple choice, maintain": (("retain_test",), "choice", "p_true"),
     "maintain, flipped": (("retain_test",), "prompt", "p_new"),
     "multiple choice, flipped": (("retain_test",), "choice", "p_new"),
-    "neighborhood": (FORGET, "neighbor", "neighborhood"),
+    "neighborhood": (FORGET_PARTS, "neighbor", "neighborhood"),
     "same subject": (("same_subject",), "prompt", "p_true"),
     "elsewhere": (("elsewhere",), "prompt", "p_true"),
 }

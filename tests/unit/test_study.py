@@ -12,13 +12,13 @@ from mechunlearn.edit.training import Diverged
 from mechunlearn.metrics import known_facts, score_facts
 from mechunlearn.sources.loading import load_facts
 from mechunlearn.study import jobs
-from mechunlearn.study.arms import ARMS, DRAWN, LOOKUP, arm_named, n_matched, probed_facts, ranked_components
+from mechunlearn.study.arms import ARMS, LEAST_SUBJECTS, LOOKUP, arm_named, n_matched, probed_facts, ranked_components
 from mechunlearn.study.claims import CLAIMS, DOES_NOT, HOLDS, OPEN, claim_table, published
 from mechunlearn.study.deals import Deal, _elsewhere
 from mechunlearn.study.jobs import Job, Outcome, carry_out, exact_mask, is_done, with_false_labels
 from mechunlearn.study.parts import parts_of
 from mechunlearn.study.run import run_study
-from mechunlearn.study.settings import load_study, study_models, study_presets
+from mechunlearn.study.settings import load_study, study_presets
 from mechunlearn.study.tables import StudyTables, arm_table, difference_table, limits
 from mechunlearn.study.tuner import editor_options, score, trial_options
 from mechunlearn.study.verdicts import accepted, levels_before
@@ -34,10 +34,7 @@ def test_every_preset_validates_on_its_model(preset):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (
-            {"model": "gema-7b"},
-            "Did you mean 'gemma-7b'" if "gemma-7b" in study_models() else "no preset or file 'gema-7b'",
-        ),
+        ({"model": "gema-7b"}, "Did you mean 'gemma-7b'"),
         ({"seeds": 0}, "key 'seeds': got 0"),
         ({"task": "sprots"}, "key 'task'"),
         ({"n_seeds": 3}, "unknown key 'n_seeds'"),
@@ -101,14 +98,16 @@ def test_draws_are_drawn_anew_and_again(tiny_model, split):
     found = [ranked_components(model, split, arm, task, seed=s, draw=d) for s in range(4) for d in range(4)]
     assert len(set(found)) > 1
     assert found[5] == ranked_components(model, split, arm, task, seed=1, draw=1)
-    assert {arm_named(name).name for name in DRAWN} == set(DRAWN)
 
 
-def test_the_probe_sees_no_answer_of_few_subjects(split):
-    facts = probed_facts(split)
-    relations = {fact.relation for fact in split.forget}
-    assert {fact.relation for fact in facts} <= relations
-    assert not set(facts) & {*split.retain_test, *split.same_subject}
+def test_the_probe_sees_known_facts_of_the_relations_and_no_answer_of_few_subjects(split):
+    base, subjects = replace(split.retain_train[0], choices=(), target_new=None), LEAST_SUBJECTS
+    made = {answer: [replace(base, relation="r", subject=f"{answer}{i}", target_true=answer) for i in range(n)]
+            for answer, n in (("a", subjects), ("b", subjects), ("c", subjects - 1))}  # fmt: skip
+    other = replace(base, relation="other")
+    dealt = replace(split, forget_shown=(made["a"][0],), attack_dev=(), forget_hidden=(),
+                    retain_train=(*made["a"][1:], *made["b"], *made["c"], other), retain_test=(other,))  # fmt: skip
+    assert set(probed_facts(dealt)) == {*made["a"], *made["b"]}
 
 
 def test_false_labels_reach_all_that_an_attacker_trains_on_and_no_hidden_fact(split):
