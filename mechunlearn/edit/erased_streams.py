@@ -56,7 +56,8 @@ def _at_subjects(
     model: Model, asked: Sequence[Asked], places: Sequence[Place], batch_size: int
 ) -> dict[int, Float[Tensor, "text width"]]:
     if not asked:
-        return {layer: torch.zeros(0, model.d_mlp, dtype=torch.float64, device=model.device) for _, layer in places}
+        widths = {layer: model.d_mlp if kind == "neuron" else model.d_model for kind, layer in places}
+        return {layer: torch.zeros(0, n, dtype=torch.float64, device=model.device) for layer, n in widths.items()}
     rows = [replace(one.row, subject=i) for i, one in enumerate(asked)]
     found = means_at_subjects(model, rows, places, batch_size=batch_size)
     return {layer: found[kind, layer] for kind, layer in places}

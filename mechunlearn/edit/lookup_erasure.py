@@ -64,6 +64,8 @@ def lookup_erasure(
     Source: ours. Least squares: Meng et al. 2022, arXiv:2210.07229; eraser: Belrose et al. 2023, arXiv:2306.03819.
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "mask", "split", "cache")}
+    if not split.forget:
+        raise ValueError("lookup_erasure: got no facts to forget; give a split with some")
     edited = masked_projections(model, mask, "lookup_erasure")
     base_sha256, notes = model.sha256, {}
     watched, retained = watched_and_retained(split, max_damage)

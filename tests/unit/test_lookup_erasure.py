@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from mechunlearn import masks
 from mechunlearn.components import Component
 from mechunlearn.edit.budget import set_aside
 from mechunlearn.edit.edits import applied
-from mechunlearn.edit.erased_streams import answer_eraser, asked_texts, erased, streams_of
+from mechunlearn.edit.erased_streams import answer_eraser, asked_texts, erased, keys_of, streams_of
 from mechunlearn.edit.lookup_erasure import against_kept, lookup_erasure
 from mechunlearn.metrics import kl_from, reference_of
 from mechunlearn.prompts import render
@@ -82,3 +83,18 @@ def test_every_fact_is_asked_in_every_form_but_multiple_choice(tiny_model, split
     assert Counter(one.fact for one in asked) == {
         fact: 1 + len(fact.paraphrases) + len(fact.questions) for fact in split.forget
     }
+
+
+def test_nothing_to_forget_is_one_line(tiny_model, split):
+    model = tiny_model()
+    nothing = replace(split, forget_shown=(), attack_dev=(), forget_hidden=())
+    with pytest.raises(ValueError, match="lookup_erasure: got no facts to forget") as refused:
+        lookup_erasure(model, masks.mask_of(model, [Component("mlp", 0)]), nothing, n_texts=8, cache=False)
+    assert "\n" not in str(refused.value)
+
+
+def test_of_no_texts_there_are_no_rows_of_the_right_width(tiny_model):
+    model = tiny_model()
+    assert model.d_model != model.d_mlp
+    assert keys_of(model, [], [1], batch_size=4)[1].shape == (0, model.d_mlp)
+    assert streams_of(model, [], [1], batch_size=4)[1].shape == (0, model.d_model)
