@@ -76,7 +76,8 @@ def weight_mask(
             model, split, [(objective_weight, away), (l1, removed)], options, method="weight_mask"
         ),
         steps=options["steps"], learning_rate=options["learning_rate"], schedule=options["schedule"],
-        accumulation=options["accumulation"], on_step=lambda _: clamp(trainable),
+        accumulation=options["accumulation"], prefix_cache_gb=options["prefix_cache_gb"],
+        checkpoint=options["checkpoint"], on_step=lambda _: clamp(trainable),
     )  # fmt: skip
     limit = options["max_damage"]
     watched, _ = watched_and_retained(split, limit)

@@ -26,7 +26,7 @@ from mechunlearn.edit.weight_mask import weight_mask
 from mechunlearn.facts import FactSplit
 from mechunlearn.masks import ParameterMask, mask_of
 from mechunlearn.metrics import candidate_log_probs, kl_from, reference_of, score_facts
-from mechunlearn.models import Model, block, first_output
+from mechunlearn.models import Model, block, first_output, mlp
 from mechunlearn.prompts import render
 
 MLP, HEAD, NEURON = Component.parse("m1"), Component.parse("a2.h1"), Component.parse("m0.n3")
@@ -480,6 +480,22 @@ def test_pressure_against_removal_keeps_gates_open(model, mask, split):
     free, priced = (weight_mask(model, mask, split, **options, l1=l1).notes["n_lowered"] for l1 in (0.0, 1e6))
     assert priced == 0
     assert free > 0
+
+
+def test_gates_are_trained_with_the_cache_and_the_checkpoints_that_were_asked_for(model, split):
+    """Rows that go through the block below the mask, and forward passes of the masked one."""
+    below, masked = [], []
+    for layer, seen in ((0, below), (1, masked)):
+        module = mlp(model, layer)  # a hook would turn the cache off
+        module.forward = lambda stream, own=module.forward, seen=seen: seen.append(len(stream)) or own(stream)
+    found = {}
+    for name, options in {"none": {"prefix_cache_gb": 0.0}, "cache": {}, "checkpoint": {"checkpoint": True}}.items():
+        below.clear(), masked.clear()
+        edit = weight_mask(model, mask_of(model, [MLP]), split, steps=4, batch_size=4, **options)
+        found[name] = sum(below), len(masked), edit
+    assert found["cache"][0] < found["none"][0]
+    assert found["checkpoint"][1] == 2 * found["cache"][1]
+    assert same(found["cache"][2], found["checkpoint"][2])
 
 
 def test_weight_masking_says_in_one_line_what_it_cannot_do(model, mask, split):
