@@ -112,7 +112,7 @@ def _hours(
 ) -> pd.DataFrame:
     """Tuning once an arm; then edits, and attacks on them, under every seed, on the model and on its twin."""
     task, sides = about.tasks[study.task], 2 if about.twin else 1
-    tuned = {arm.name: n_trials(task, arm.name) for arm in arms}
+    tuned = {arm.name: len(task.trials) for arm in arms}
     edited = {arm.name: study.seeds * sides * (study.draws if arm.name == "random-mlps" else 1) for arm in arms}
     edit = {
         arm.name: study.blocks * edit_flops(
@@ -140,8 +140,3 @@ def _hours(
     rows.append(("hashing the edited weights", n_edits, 0.0, n_edits * weight_bytes(model) / HASHED / 3600))
     rows.append(("total", "", sum(row[2] for row in rows), sum(row[3] for row in rows)))
     return pd.DataFrame(rows, columns=pd.Index(["what", "how often", "PFLOP", "hours"]))
-
-
-def n_trials(task: TaskSettings, arm: str) -> int:
-    """How many pairs are tried for an arm: those of all, and its own published one where that is not among them."""
-    return len(task.trials) + (arm in task.start and task.start[arm] not in task.trials)

@@ -44,7 +44,7 @@ class TaskSettings(Strict):
     trials: Annotated[list[Trial], Field(min_length=1)]
     """What the tuner tries, the same for every arm."""
     start: dict[str, Trial] = Field(default_factory=dict)
-    """Arm -> the values published for it: where a search of one's own may begin. They are among `trials`."""
+    """Arm -> the trial published for it: where a search of one's own may begin. One of `trials`."""
     components: dict[str, list[str]] = Field(default_factory=dict)
     """Arm -> the components published for it: used with `published_components`."""
     rank: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
@@ -59,6 +59,14 @@ class TaskSettings(Strict):
         for arms in (self.components, *(other.components or {} for other in self.by_n.values())):
             for name in (name for names in arms.values() for name in names):
                 Component.parse(name)
+        return self
+
+    @model_validator(mode="after")
+    def _known_trials(self) -> "TaskSettings":
+        for start in (self.start, *(other.start or {} for other in self.by_n.values())):
+            for arm, trial in start.items():
+                if trial not in self.trials:
+                    raise ValueError(f"start of '{arm}': got {trial}, allowed: one of trials, {self.trials}")
         return self
 
     def at(self, n: int | None) -> "TaskSettings":
@@ -131,6 +139,14 @@ class StudySettings(Strict):
     """Edit what was published for an arm in place of what is found here, where there is anything."""
     device: str = "auto"
     workers: Annotated[int, Field(ge=1)] = 2
+
+    @model_validator(mode="after")
+    def _a_fact_for_every_block(self) -> "StudySettings":
+        if self.n is not None and 2 * self.blocks > self.n:  # each takes its share of every part; half are hidden
+            raise ValueError(
+                f"key 'blocks': got {self.blocks}, allowed: at most {self.n // 2}, half of n, so that each has facts"
+            )
+        return self
 
     def steps_of(self, task: TaskSettings) -> int:
         """Training steps of an edit."""

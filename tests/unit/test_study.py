@@ -38,6 +38,8 @@ def test_every_preset_validates_on_its_model(preset):
         ({"seeds": 0}, "key 'seeds': got 0"),
         ({"task": "sprots"}, "key 'task'"),
         ({"n_seeds": 3}, "unknown key 'n_seeds'"),
+        ({"blocks": 17}, "key 'blocks': got 17, allowed: at most 8, half of n"),
+        ({"blocks": 9}, "key 'blocks': got 9"),
     ],
 )
 def test_a_mistake_in_a_preset_is_one_line(changes, says):

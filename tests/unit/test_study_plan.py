@@ -20,7 +20,7 @@ from mechunlearn.edit.training import Forward, low_rank_trainable, masked_traina
 from mechunlearn.facts import with_edit_targets
 from mechunlearn.masks import mask_of
 from mechunlearn.models import all_components, wrap_model
-from mechunlearn.study.dry_run import dry_run, n_trials
+from mechunlearn.study.dry_run import dry_run
 from mechunlearn.study.memory import Batch, activation_bytes, logit_bytes, training_memory
 from mechunlearn.study.operations import training_flops
 from mechunlearn.study.planned_arms import LEADING, PLANNED, resolve_arms, short
@@ -109,10 +109,6 @@ def test_a_preset_of_other_size_takes_the_sets_and_values_published_for_it():
     assert many.start["lookup-paths"] == [1e-5, 2.0]
     assert few.trials == many.trials
     assert all(pair in few.trials for task in (few, many) for pair in task.start.values())
-    assert n_trials(few, "lookup-paths") == len(few.trials)
-    other = few.model_copy(update={"start": {"random": [1.0, 1.0]}})
-    assert n_trials(other, "random") == len(few.trials) + 1
-    assert n_trials(other, "nonlocalized") == len(few.trials)
 
 
 def test_layers_are_named_in_runs():
@@ -135,6 +131,8 @@ def broken(tmp_path, change, model="gemma-2-9b"):
         ('"a25", "a33", "m28"', '"a25", "a33", "a34", "a35", "m28"', "less than one sublayer above"),
         ("n_mlps = 5", "n_mlps = 42", "fewer than the model's 42 layers"),
         ("mdl = false", "mdll = false", "unknown option"),
+        ("lookup-probe = [1e-5, 1.0]", "lookup-probe = [1e-5, 1.5]", "got [1e-05, 1.5], allowed: one of trials"),
+        ("lookup-paths = [5e-5, 2.0]", "lookup-paths = [5e-5, 2.5]", "'lookup-paths': got [5e-05, 2.5], allowed"),
         ("[quick.probing]", "[quick.prodding]", "Did you mean 'probing'"),
         ('source = "sports"', 'source = "sportz"', "got 'sportz', allowed: a bundled data set"),
         ('relation = "plays_sport"', 'relation = "plays"', "allowed: plays_sport"),
