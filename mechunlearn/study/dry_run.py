@@ -10,12 +10,10 @@ from mechunlearn.experiment import choose_facts
 from mechunlearn.models import Model
 from mechunlearn.sources.bundled import BUNDLED
 from mechunlearn.sources.loading import HUB_NAME
-from mechunlearn.study.memory import Batch, attack_memory, training_memory, weight_bytes, whole
-from mechunlearn.study.operations import attack_flops, edit_flops, localizing_flops
-from mechunlearn.study.planned_arms import LEADING, PlannedArm, resolve_arms, short
+from mechunlearn.study.memory import Batch, attack_memory, control_memory, resistant_memory, training_memory, whole
+from mechunlearn.study.planned_arms import PlannedArm, resolve_arms, short
+from mechunlearn.study.planned_hours import planned_hours
 from mechunlearn.study.settings import ModelSettings, StudySettings, TaskSettings
-
-HASHED = 1e9  # bytes a second: an edit records the hash of the weights that it was made of
 
 
 def dry_run(
@@ -30,8 +28,8 @@ def dry_run(
         card: GB of the device.
 
     Returns:
-        "facts", "arms" (a row an arm), "memory" (GB; a row an arm and an attack, at its worst of quick and standard),
-        "hours".
+        "facts", "arms" (a row an arm), "memory" (GB; a row an arm, a positive control, and an attack, at its worst of
+        quick and standard), "hours".
 
     Raises:
         ValueError: an unknown arm, a component that the model does not have, a matched arm of another size, or facts
@@ -47,8 +45,8 @@ def dry_run(
     except ValueError as error:
         raise ValueError(f"{about.name}, task {study.task}: {error}") from None
     return {
-        "facts": facts, "arms": _arm_rows(model, arms), "memory": _memory(model, about, task, arms, card),
-        "hours": _hours(model, study, about, arms, n_facts, tflops * 1e12),
+        "facts": facts, "arms": _arm_rows(model, arms), "memory": _memory(model, study, about, arms, card),
+        "hours": planned_hours(model, study, about, arms, n_facts=n_facts, speed=tflops * 1e12),
     }  # fmt: skip
 
 
@@ -97,46 +95,20 @@ def _arm_rows(model: Model, arms: Sequence[PlannedArm]) -> pd.DataFrame:
 
 
 def _memory(
-    model: Model, about: ModelSettings, task: TaskSettings, arms: Sequence[PlannedArm], card: float
+    model: Model, study: StudySettings, about: ModelSettings, arms: Sequence[PlannedArm], card: float
 ) -> pd.DataFrame:
-    batch = Batch.of(task.batch_size)
-    held = {arm.name: training_memory(model, arm.mask, batch, rank=arm.rank) for arm in arms}
+    task = about.tasks[study.task]
+
+    def needed(planned: PlannedArm) -> dict[str, float]:
+        mask, rank = planned.mask, planned.rank
+        if planned.is_resistant:
+            return resistant_memory(model, mask, task.batch_size, rank=rank, attack_rank=task.attack_rank)
+        passes = study.steps_of(task) * task.accumulation
+        return training_memory(model, mask, Batch.of(task.batch_size), passes=passes, rank=rank)
+
+    held = {planned.name: needed(planned) for planned in arms}
+    held |= {f"suppressed-{kind}": control_memory(model, kind, options) for kind, options in about.controls.items()}
     for name, options in (*about.quick.items(), *about.standard.items()):
         found = attack_memory(model, name, options)
         held[name] = max(found, held.get(name, found), key=lambda gb: gb["total"])
     return pd.DataFrame([{"of": name, **gb, "fits": gb["total"] <= card} for name, gb in held.items()])
-
-
-def _hours(
-    model: Model, study: StudySettings, about: ModelSettings, arms: Sequence[PlannedArm], n_facts: int, speed: float
-) -> pd.DataFrame:
-    """Tuning once an arm; then edits, and attacks on them, under every seed, on the model and on its twin."""
-    task, sides = about.tasks[study.task], 2 if about.twin else 1
-    tuned = {arm.name: len(task.trials) for arm in arms}
-    edited = {arm.name: study.seeds * sides * (study.draws if arm.name == "random-mlps" else 1) for arm in arms}
-    edit = {
-        arm.name: study.blocks * edit_flops(
-            model, arm.mask, rows=task.batch_size, steps=study.steps_of(task), accumulation=task.accumulation
-        )
-        for arm in arms
-    }  # fmt: skip
-    quick, standard = (
-        sum(attack_flops(model, name, options, n_facts) for name, options in attacks.items())
-        for attacks in (about.quick, about.standard)
-    )
-    n_tuned, n_quick = sum(tuned.values()), sum(edited.values())
-    n_long = sum(edited[name] for name in (LEADING[study.task], "random-mlps", "nonlocalized"))
-    counts = {
-        "localizing": (study.seeds * study.blocks, study.seeds * localizing_flops(model, n_facts)),
-        "tuning": (study.blocks * n_tuned, sum(n * edit[name] for name, n in tuned.items())),
-        "edits": (study.blocks * n_quick, sum(n * edit[name] for name, n in edited.items())),
-        "quick attacks": (n_quick, n_quick * quick),
-        "standard attacks": (n_long, n_long * standard),
-    }
-    rows: list[tuple[str, int | str, float, float]] = [
-        (what, n, flops / 1e15, flops / speed / 3600) for what, (n, flops) in counts.items()
-    ]
-    n_edits = study.blocks * (n_tuned + n_quick)
-    rows.append(("hashing the edited weights", n_edits, 0.0, n_edits * weight_bytes(model) / HASHED / 3600))
-    rows.append(("total", "", sum(row[2] for row in rows), sum(row[3] for row in rows)))
-    return pd.DataFrame(rows, columns=pd.Index(["what", "how often", "PFLOP", "hours"]))

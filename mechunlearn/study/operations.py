@@ -1,6 +1,6 @@
 """Floating-point operations of the study's trainings and attacks.
 
-Left out: attention patterns, and all that runs on the CPU (loading, tokenizing, the fits of probes).
+Left out: attention patterns, what lm-eval asks, and all that runs on the CPU (loading, tokenizing, the fits of probes).
 """
 
 from collections.abc import Mapping
@@ -9,10 +9,21 @@ from typing import Any
 from mechunlearn.attack import ATTACKS
 from mechunlearn.attack.health import N_TEXTS
 from mechunlearn.attack.relearning_search import checkpoint_steps, round_steps
+from mechunlearn.controls import SUPPRESSIONS
 from mechunlearn.edit.budget import BISECTIONS, CHECKS, N_WATCHED
 from mechunlearn.masks import ParameterMask
 from mechunlearn.models import Model
-from mechunlearn.study.memory import KEPT, PROMPT_TOKENS, TEXT_TOKENS, Batch, d_vocab, first_layer, whole
+from mechunlearn.study.memory import (
+    KEPT,
+    PROMPT_TOKENS,
+    TEXT_TOKENS,
+    Batch,
+    control_batch,
+    control_mask,
+    d_vocab,
+    lowest_layer,
+    whole,
+)
 
 EVALUATED = 512  # prompts that look at an edit afterwards
 READ_PROMPTS = 1000, 20  # asked by an attack that trains nothing: retained ones, and for every forgotten fact
@@ -25,7 +36,7 @@ def training_flops(model: Model, mask: ParameterMask, batch: Batch) -> float:
     masked; 4 a position whose logits are kept and weight of the unembedding.
     """
     n = whole(model).n_selected
-    above = n * (model.n_layers - first_layer(mask)) // model.n_layers  # blocks are alike
+    above = n * (model.n_layers - lowest_layer(mask)) // model.n_layers  # blocks are alike
     unembedding = 2 * 2 * model.d_model * d_vocab(model) * batch.kept
     return 2.0 * batch.tokens * (n + above + mask.n_selected) + unembedding
 
@@ -35,10 +46,28 @@ def reading_flops(model: Model, prompts: float, *, tokens: int = PROMPT_TOKENS, 
     return 2.0 * prompts * (tokens * whole(model).n_selected + kept * model.d_model * d_vocab(model))
 
 
-def edit_flops(model: Model, mask: ParameterMask, *, rows: int, steps: int, accumulation: int) -> float:
-    """One edit: its training, the checks of its damage, and a look at what came of it."""
+def edit_flops(
+    model: Model, mask: ParameterMask, *, rows: int, steps: int, accumulation: int, resistant: bool = False
+) -> float:
+    """One edit: its training, the checks of its damage, and a look at what came of it.
+
+    Args:
+        resistant: of `resistant_inject`: with every batch an attacker takes a step, and the edit withstands it.
+    """
+    each = training_flops(model, mask, Batch.of(rows))
+    if resistant:
+        shown = Batch.of_attacker(rows)
+        each += training_flops(model, whole(model), shown) + training_flops(model, mask, shown)
     looked = (CHECKS + BISECTIONS) * N_WATCHED + EVALUATED
-    return steps * accumulation * training_flops(model, mask, Batch.of(rows)) + reading_flops(model, looked)
+    return steps * accumulation * each + reading_flops(model, looked)
+
+
+def control_flops(model: Model, kind: str, options: Mapping[str, Any]) -> float:
+    """One positive control: its training, for which the original reads what is kept, and a look at what came of it."""
+    filled = SUPPRESSIONS.get(kind).validate(options)
+    each = training_flops(model, control_mask(model, filled), control_batch(filled))
+    each += reading_flops(model, filled["batch_size"], kept=0)
+    return filled["steps"] * each + reading_flops(model, EVALUATED)
 
 
 def localizing_flops(model: Model, n_facts: int) -> float:

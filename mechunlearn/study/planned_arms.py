@@ -11,19 +11,32 @@ from mechunlearn.masks import ParameterMask, mask_of, select_components
 from mechunlearn.models import Model, all_components
 from mechunlearn.random_masks import random_mask_like
 from mechunlearn.registry import did_you_mean
-from mechunlearn.study.arms import ALL_MLPS, ARMS, DRAWN, LOOKUP, LOOKUP_PATHS, NONLOCALIZED, RANDOM_MLPS
+from mechunlearn.study.arms import (
+    ALL_MLPS,
+    ARMS,
+    DRAWN,
+    LOOKUP,
+    LOOKUP_PATHS,
+    NONLOCALIZED,
+    RANDOM_MLPS,
+    RESISTANT,
+    Arm,
+    arm_named,
+    n_matched,
+)
 from mechunlearn.study.memory import whole
 from mechunlearn.study.settings import StudySettings, TaskName, TaskSettings
 
 TRAINED = tuple(arm for arm in ARMS if arm.editor == "inject")  # the paper's
 LOCALIZED = tuple(arm.name for arm in TRAINED if arm.matched and arm.name not in DRAWN)
 WHOLE = tuple(arm.name for arm in TRAINED if not arm.matched)
-PLANNED = (*LOCALIZED, *DRAWN, *WHOLE)
+PLANNED = (*LOCALIZED, *DRAWN, *WHOLE, RESISTANT)
 LEADING: Mapping[TaskName, str] = {"athletes": LOOKUP, "sport": LOOKUP, "counterfact": LOOKUP_PATHS}
 """The paper's fact lookup: what the other arms are matched to."""
 
 Origin = Literal["published", "assumed", "drawn", "all"]
-"""assumed: the first arm's, or the MLPs above m0, for what a localizer will find here is not known yet."""
+"""assumed: the first arm's (with the next MLP, where one more is edited), or the MLPs above m0, for what a localizer
+will find here is not known yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +48,16 @@ class PlannedArm:
     mask: ParameterMask
     rank: int | None = None
     """Of its updates; None: every masked entry is trained."""
+
+    @property
+    def arm(self) -> Arm:
+        """How it is edited."""
+        return arm_named(self.name)
+
+    @property
+    def is_resistant(self) -> bool:
+        """Whether its editor trains against an attacker."""
+        return self.arm.editor == "resistant_inject"
 
 
 def resolve_arms(model: Model, study: StudySettings, task: TaskSettings) -> list[PlannedArm]:
@@ -64,9 +87,10 @@ def resolve_arms(model: Model, study: StudySettings, task: TaskSettings) -> list
         RANDOM_MLPS: random_mask_like(first, model, seed=study.seed),
         ALL_MLPS: mask_of(model, all_components(model, ("mlp",))),
         NONLOCALIZED: whole(model),
+        RESISTANT: published.get(RESISTANT) or _with_more(model, masks[LOOKUP], arm_named(RESISTANT).more_mlps),
     }  # fmt: skip
-    budget = mask_of(model, [Component("mlp", n) for n in range(task.n_mlps)]).n_selected
-    for name in (*LOCALIZED, *DRAWN):
+    for name in (*LOCALIZED, *DRAWN, RESISTANT):
+        budget = n_matched(model, task, arm_named(name))
         _check_size(model, name, masks[name], budget, exactly=name == leading or name.endswith("-mlps"))
     return [
         PlannedArm(name=name, origin=_origin(name, published), mask=masks[name], rank=task.rank.get(name))
@@ -88,7 +112,14 @@ def short(components: Sequence[Component]) -> str:
 def _origin(name: str, published: Mapping[str, ParameterMask]) -> Origin:
     if name in published:
         return "published"
-    return "assumed" if name in LOCALIZED else "all" if name in WHOLE else "drawn"
+    return "all" if name in WHOLE else "drawn" if name in DRAWN else "assumed"
+
+
+def _with_more(model: Model, mask: ParameterMask, n: int) -> ParameterMask:
+    """The mask and `n` more MLPs, those nearest to its last one."""
+    last = max(component.layer for component in mask.components)
+    free = [mlp for mlp in all_components(model, ("mlp",)) if mlp not in mask.components]
+    return mask_of(model, [*mask.components, *sorted(free, key=lambda mlp: abs(mlp.layer - last))[:n]])
 
 
 def _mask(model: Model, arm: str, names: Sequence[str]) -> ParameterMask:
