@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from mechunlearn.checkpoints import load_model, save_model
-from mechunlearn.cli import _progress, main
+from mechunlearn.cli import main
+from mechunlearn.cli_console import showing_progress
 from mechunlearn.edit.stack_files import load_stack
 from mechunlearn.sources.bundled import load_bundled
 from mechunlearn.splits import load_splits
@@ -97,8 +98,8 @@ def test_the_program_itself_ends_a_mistake_with_code_2_and_one_line(tmp_path):
 
 def test_progress_into_a_file_is_a_line_now_and_then(capsys, monkeypatch):
     now = iter([0.0, 1.0, 25.0, 26.0, 50.0])
-    monkeypatch.setattr("mechunlearn.cli.time.monotonic", lambda: next(now, 50.0))
-    with _progress() as progress:
+    monkeypatch.setattr("mechunlearn.cli_console.time.monotonic", lambda: next(now, 50.0))
+    with showing_progress() as progress:
         for done in range(3):
             progress("judging: [a]", done, 3)
     lines = capsys.readouterr().err.splitlines()

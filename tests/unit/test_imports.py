@@ -47,6 +47,8 @@ ORDER = (
     ("exploration",),
     ("explorer",),
     ("stages", "study_stage"),
+    ("cli_console",),
+    ("cli_organism", "cli_bench", "cli_study"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
