@@ -16,6 +16,7 @@ from mechunlearn.cli_console import (
     ModelOption,
     SetOption,
     TwinOption,
+    advising,
     console,
     pairs_of,
     print_frame,
@@ -55,7 +56,7 @@ def run(
     settings = settings_of(config, model=model, device=device, pairs=set_)
     from mechunlearn.experiment import run_experiment
 
-    with showing_progress() as progress:
+    with showing_progress() as progress, advising("--set workers=1"):
         result = run_experiment(settings, out / settings.name, fresh=fresh, on_progress=progress)
     _finish(result, out / settings.name)
 
@@ -220,7 +221,7 @@ def attack(
         )
         from mechunlearn.experiment import run_experiment
 
-        with showing_progress() as progress:
+        with showing_progress() as progress, advising("--set workers=1"):
             result = run_experiment(settings, out, on_progress=progress)
         _finish(result, out)
         return
@@ -264,10 +265,10 @@ def main() -> None:
         said = "; ".join([str(error), *getattr(error, "__notes__", ())])
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {escape(said)}")
         sys.exit(2)
-    except BrokenExecutor:
+    except BrokenExecutor as error:
+        advice = ", ".join(["run again", *(f"perhaps with {note}" for note in getattr(error, "__notes__", ()))])
         Console(stderr=True, highlight=False, soft_wrap=True).print(
-            "error: a worker process was killed (often for memory); finished parts are kept: run again, perhaps with "
-            "--set workers=1"
+            f"error: a worker process was killed (often for memory); finished parts are kept: {escape(advice)}"
         )
         sys.exit(1)
 

@@ -12,6 +12,7 @@ from mechunlearn.cli_console import (
     ModelOption,
     SetOption,
     TwinOption,
+    advising,
     console,
     print_frame,
     settings_of,
@@ -36,7 +37,7 @@ def bench_verdict(
     settings = settings_of("bench-quick" if quick else config, model=None, device=None, pairs=set_)
     from mechunlearn import stages
 
-    with showing_progress() as progress:
+    with showing_progress() as progress, advising("--set workers=1"):
         bench = stages.bench_verdict(
             settings, out, seeds=1 if quick else seeds, quick=quick, fresh=fresh, on_progress=progress
         )
@@ -65,7 +66,7 @@ def bench_planted(
     settings = load_planted("bench-planted-quick" if quick else config)
     from mechunlearn import stages
 
-    with showing_progress() as progress:
+    with showing_progress() as progress, advising("workers = 1 in a settings file of your own"):
         bench = stages.bench_planted(settings, out, on_progress=progress)
     left_out = bench.ladder.loc[bench.ladder["reason"] != ""]
     if len(left_out):

@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
 from typing import Annotated, Any
 
 import typer
@@ -86,6 +87,16 @@ def showing_progress() -> Iterator[Any]:
             bar.update(task, description=escape(text), completed=done, total=total)
 
         yield update
+
+
+@contextlib.contextmanager
+def advising(advice: str) -> Iterator[None]:
+    """If a worker process is killed inside, note on the error how to run with fewer of them; `cli.main` says it."""
+    try:
+        yield
+    except BrokenExecutor as error:
+        error.add_note(advice)
+        raise
 
 
 def print_frame(frame: Any, title: str) -> None:
