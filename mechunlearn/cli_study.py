@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from mechunlearn.cli_console import console, print_frame, showing_progress
+from mechunlearn.cli_console import advising, console, print_frame, showing_progress
 
 study_app = typer.Typer(help="The Mechanistic Unlearning study (arXiv:2410.12949).", no_args_is_help=True)
 
@@ -26,8 +26,13 @@ def study_run(
     model: StudyModel = None,
     seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="In place of the presets' own.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Three arms, two seeds, the smallest attacks.")] = False,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes of one thread each.")] = 2,
-    device: Annotated[str, typer.Option("--device")] = "auto",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", min=1, help="Processes of one thread each (on CUDA one); default: the presets' largest number."
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="In place of the presets' own.")] = None,
     out: StudyOut = Path(".runs/study"),
 ) -> None:
     """Locate, tune, edit and attack every arm of the presets; goes on where it stopped, also on another day."""
@@ -37,9 +42,9 @@ def study_run(
         raise ValueError(f"study run: got --quick beside {', '.join(presets)}; leave one of them out")
     names = [study_stage.QUICK] if quick else presets or []
     parts = study_stage.chosen_parts(names, out, model=model, seeds=seeds, device=device, workers=workers)
-    print_frame(study_stage.planned(parts, workers=workers), title="Estimated hours from the beginning")
-    with showing_progress() as progress:
-        tables = study_stage.run(parts, out, workers=workers, on_progress=progress)
+    print_frame(study_stage.planned(parts), title="Estimated hours from the beginning")
+    with showing_progress() as progress, advising("--workers 1"):
+        tables = study_stage.run(parts, out, on_progress=progress)
     _show_study(tables, out)
 
 
@@ -53,7 +58,7 @@ def study_report(
     """Write the tables and figures of those presets that are finished, from their jobs; runs nothing."""
     from mechunlearn import study_stage
 
-    parts = study_stage.chosen_parts(presets or [], out, model=model, seeds=seeds, device="auto", workers=1)
+    parts = study_stage.chosen_parts(presets or [], out, model=model, seeds=seeds)
     _show_study(study_stage.write_tables(parts, out), out)
 
 

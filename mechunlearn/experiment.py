@@ -7,7 +7,7 @@ import platform
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -293,10 +293,15 @@ def process_pool(n: int) -> Iterator[ProcessPoolExecutor | None]:
             pool.shutdown(cancel_futures=True)
 
 
+def n_workers(wanted: int, devices: Iterable[str]) -> int:
+    """How many worker processes to start: on CUDA one, for each would hold the models anew on one card."""
+    return 1 if any(choose_device(device).type == "cuda" for device in devices) else wanted
+
+
 @contextmanager
 def workers(settings: Settings) -> Iterator[Executor | None]:
     """Worker processes that start importing and loading while the parent localizes; None for one worker or on CUDA."""
-    n = 1 if choose_device(settings.device).type == "cuda" else settings.workers
+    n = n_workers(settings.workers, [settings.device])
     try:
         with process_pool(n) as pool:
             if pool is not None:

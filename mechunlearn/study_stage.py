@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from mechunlearn.experiment import n_workers
 from mechunlearn.files import replaceable, whole_folder
 from mechunlearn.report.study import arms_figure, claims_figure
 from mechunlearn.report.study_page import study_page
@@ -18,9 +19,10 @@ QUICK = "quick"
 
 
 def chosen_parts(
-    presets: Sequence[str], out: Path, *, model: str | None, seeds: int | None, device: str, workers: int
-) -> list[Part]:
-    """The presets to run, the paper's six where none is named.
+    presets: Sequence[str], out: Path, *,
+    model: str | None = None, seeds: int | None = None, device: str | None = None, workers: int | None = None,
+) -> list[Part]:  # fmt: skip
+    """The presets to run, the paper's six where none is named; what is None is as each of them says.
 
     Raises:
         FileNotFoundError: an unknown preset or model.
@@ -32,17 +34,22 @@ def chosen_parts(
     return parts_of(loaded, out)
 
 
-def planned(parts: Sequence[Part], *, workers: int) -> pd.DataFrame:
+def planned(parts: Sequence[Part]) -> pd.DataFrame:
     """What the whole study would take from its beginning, in hours, by kind of job."""
-    hours = estimate(parts, workers=workers)
+    hours = estimate(parts, workers=workers_of(parts))
     rows = [*hours.items(), ("all", sum(hours.values()))]
     return pd.DataFrame(rows, columns=pd.Index(["jobs", "hours"]))
 
 
-def run(parts: Sequence[Part], out: Path, *, workers: int, on_progress: Progress) -> StudyTables:
+def workers_of(parts: Sequence[Part]) -> int:
+    """Processes that run them, one pool for all: the largest number that any preset says, on CUDA one."""
+    return n_workers(max(part.study.workers for part in parts), [part.study.device for part in parts])
+
+
+def run(parts: Sequence[Part], out: Path, *, on_progress: Progress) -> StudyTables:
     """Run what is not done, then write the tables and figures."""
     replaceable(out / "tables")
-    run_study(parts, workers=workers, on_progress=on_progress)
+    run_study(parts, workers=workers_of(parts), on_progress=on_progress)
     return write_tables(parts, out)
 
 

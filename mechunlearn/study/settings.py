@@ -139,6 +139,7 @@ class StudySettings(Strict):
     """Edit what was published for an arm in place of what is found here, where there is anything."""
     device: str = "auto"
     workers: Annotated[int, Field(ge=1)] = 2
+    """Processes; several presets at once are run by the largest number of any of them, on CUDA all by one."""
 
     @model_validator(mode="after")
     def _a_fact_for_every_block(self) -> "StudySettings":

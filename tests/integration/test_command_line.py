@@ -4,6 +4,7 @@ import contextlib
 import io
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 import pandas as pd
 import pytest
@@ -94,6 +95,33 @@ def test_the_program_itself_ends_a_mistake_with_code_2_and_one_line(tmp_path):
         timeout=300,
     )  # fmt: skip
     _says_one_line(result, tmp_path, "demmo")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "function", "advice"),
+    [
+        (["run", "demo"], "mechunlearn.experiment.run_experiment", "--set workers=1"),
+        (
+            ["attack", "--out", "out", "--model", "atlas-never-a", "--original", "atlas"],
+            "mechunlearn.experiment.run_experiment",
+            "--set workers=1",
+        ),
+        (["bench", "verdict"], "mechunlearn.stages.bench_verdict", "--set workers=1"),
+        (["bench", "planted"], "mechunlearn.stages.bench_planted", "workers = 1 in a settings file of your own"),
+        (["study", "run", "--quick"], "mechunlearn.study_stage.run", "--workers 1"),
+    ],
+)
+def test_a_killed_worker_is_one_line_with_advice_that_the_command_takes(
+    arguments, function, advice, tmp_path, monkeypatch
+):
+    def killed(*_args, **_options):
+        raise BrokenProcessPool("a process was terminated abruptly")
+
+    monkeypatch.setattr(function, killed)
+    result = _run(arguments, tmp_path)
+    assert result.returncode == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert line.endswith(f"finished parts are kept: run again, perhaps with {advice}")
 
 
 def test_progress_into_a_file_is_a_line_now_and_then(capsys, monkeypatch):

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from typer.testing import CliRunner
 
+from mechunlearn import experiment, study_stage
+from mechunlearn.cli import app
 from mechunlearn.edit import EDITORS
 from mechunlearn.edit.training import Diverged
 from mechunlearn.metrics import known_facts, score_facts
@@ -156,6 +160,32 @@ def test_known_trivia_shows_side_effects(tiny_model, tmp_path):
     assert [fact for fact in found if fact.relation == "golf"] == list(known_facts(model, facts))
     (favorite,) = {score for score in score_facts(model, facts)["top"]} if len(facts) else ("",)
     assert [fact.target_true for fact in found] == [favorite]
+
+
+def test_presets_run_with_their_own_device_and_workers_unless_told_otherwise(tmp_path):
+    text = 'task = "athletes"\nn = 16\nmodel = "atlas-quick"\narms = ["lookup-probe"]\ndevice = "cpu"\nworkers = '
+    names = [str(tmp_path / f"{n}.toml") for n in (1, 3)]
+    for name, n in zip(names, (1, 3), strict=True):
+        Path(name).write_text(f"{text}{n}\n")
+    parts = study_stage.chosen_parts(names, tmp_path)
+    assert [(part.study.device, part.study.workers) for part in parts] == [("cpu", 1), ("cpu", 3)]
+    assert study_stage.workers_of(parts) == 3
+    assert study_stage.workers_of(study_stage.chosen_parts(names, tmp_path, workers=5)) == 5
+
+
+def test_on_cuda_no_second_process_loads_the_models_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "choose_device", lambda name: torch.device("cpu" if name == "cpu" else "cuda"))
+    parts = [study_stage.chosen_parts(["quick"], tmp_path, device=name, workers=4) for name in ("cpu", "auto")]
+    assert list(map(study_stage.workers_of, parts)) == [4, 1]
+    assert study_stage.workers_of([*parts[0], *parts[1]]) == 1
+
+
+def test_the_command_leaves_device_and_workers_to_the_presets(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study_stage, "chosen_parts", lambda *_, **options: asked.append(options) or [])
+    for arguments in (["run"], ["run", "--device", "cpu", "--workers", "3"]):
+        CliRunner().invoke(app, ["study", *arguments, "--out", str(tmp_path / "out")])
+    assert [(options["device"], options["workers"]) for options in asked] == [(None, None), ("cpu", 3)]
 
 
 def test_a_job_that_is_done_is_not_done_again(tmp_path, monkeypatch):
