@@ -245,10 +245,14 @@ def report(folder: Annotated[Path, typer.Argument(help="A finished run's folder.
 @app.command(name="list")
 def list_(
     stage: Annotated[
-        str | None, typer.Argument(help="localizers, editors, attacks, sources, presets, models or forget sets.")
+        str | None,
+        typer.Argument(
+            help="localizers, editors, attacks, suppressions, sources, presets, study presets, study models, models or "
+            "forget sets."
+        ),
     ] = None,
 ) -> None:
-    """List methods, presets, bundled models and forget sets."""
+    """List methods, presets (of the study, too), bundled models and forget sets."""
     from mechunlearn import stages
 
     for title, frame in stages.listing(stage).items():

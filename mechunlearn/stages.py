@@ -57,6 +57,7 @@ from mechunlearn.sources import SOURCES
 from mechunlearn.sources.bundled import BUNDLED, load_templates
 from mechunlearn.sources.loading import load_facts
 from mechunlearn.splits import load_splits, save_splits, split_after
+from mechunlearn.study.settings import load_study, load_study_model, study_models, study_presets
 
 CHECKPOINT_ATTACKS: Mapping[str, Mapping[str, Any]] = {
     "relearning": {
@@ -492,6 +493,8 @@ def listing(stage: str | None) -> dict[str, pd.DataFrame]:
     """Everything there is to choose from, by kind."""
     tables: dict[str, Callable[[], pd.DataFrame]] = {name: partial(_methods, r) for name, r in REGISTRIES.items()}
     tables["presets"] = lambda: pd.DataFrame({"name": preset_names()})
+    tables["study presets"] = _studies
+    tables["study models"] = _study_models
     tables["models"] = lambda: pd.DataFrame({"name": bundled_models()})
     tables["forget sets"] = lambda: pd.DataFrame(
         [(name, dataset, (choose.__doc__ or "").strip()) for name, (dataset, choose) in FORGET_SETS.items()],
@@ -500,6 +503,20 @@ def listing(stage: str | None) -> dict[str, pd.DataFrame]:
     if stage is not None and stage not in tables:
         raise ValueError(f"list: got {stage!r}, allowed: {', '.join(tables)}")
     return {name: make() for name, make in tables.items() if stage in (None, name)}
+
+
+def _studies() -> pd.DataFrame:
+    columns = pd.Index(["name", "task", "facts to forget", "blocks", "model"])
+    studies = [load_study(name)[0] for name in study_presets()]
+    rows = [(study.name, study.task, study.n or "all", study.blocks, study.model) for study in studies]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _study_models() -> pd.DataFrame:
+    columns = pd.Index(["name", "loads", "twin", "tasks"])
+    models = map(load_study_model, study_models())
+    rows = [(model.name, model.model, model.twin or "none", ", ".join(model.tasks)) for _, model in models]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _methods(registry: Registry) -> pd.DataFrame:

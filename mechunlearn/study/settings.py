@@ -176,13 +176,23 @@ def load_study(name_or_path: str | Path, **changes: Any) -> tuple[StudySettings,
     path, data = read_preset(name_or_path, study_presets(), "study")
     given = data | {key: value for key, value in changes.items() if value is not None}
     study = check(StudySettings, given, str(path))
-    where, about = read_preset(study.model, study_models(), "models")
-    model = check(ModelSettings, about, str(where))
+    where, model = load_study_model(study.model)
     if study.task not in model.tasks:
         raise ValueError(f"{where}: got no task '{study.task}', allowed for {model.name}: {', '.join(model.tasks)}")
     tasks = model.tasks | {study.task: model.tasks[study.task].at(study.n)}
     config = model.config and str(where.parent / model.config)
     return study, model.model_copy(update={"tasks": tasks, "config": config})
+
+
+def load_study_model(name_or_path: str) -> tuple[Path, ModelSettings]:
+    """Read a model's file, by name or by path; where it is, and what it says.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: broken syntax, an unknown key, or a value out of range.
+    """
+    path, data = read_preset(name_or_path, study_models(), "models")
+    return path, check(ModelSettings, data, str(path))
 
 
 def _names(folder: str) -> tuple[str, ...]:

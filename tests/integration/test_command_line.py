@@ -15,6 +15,7 @@ from mechunlearn.cli_console import showing_progress
 from mechunlearn.edit.stack_files import load_stack
 from mechunlearn.sources.bundled import load_bundled
 from mechunlearn.splits import load_splits
+from mechunlearn.study.settings import study_models, study_presets
 
 BROKEN = {
     "no such model": ["run", "demo", "--model", "no/such/folder/here"],
@@ -138,6 +139,14 @@ def test_progress_into_a_file_is_a_line_now_and_then(capsys, monkeypatch):
 def test_a_mistake_is_one_line(case, tmp_path):
     _says_one_line(_run(BROKEN[case], tmp_path), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_presets_and_models_of_the_study_are_listed(tmp_path):
+    everything = _run(["list"], tmp_path).stdout
+    for name in (*study_presets(), *study_models()):
+        assert f" {name} " in everything
+    assert "google/gemma-2-9b" in _run(["list", "study models"], tmp_path).stdout
+    assert "counterfact-sequential-4x16 " in _run(["list", "study presets"], tmp_path).stdout
 
 
 def test_an_empty_model_folder_is_named(tmp_path):
