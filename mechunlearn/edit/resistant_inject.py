@@ -95,14 +95,16 @@ def resistant_inject(
             yield from [attacker] * attack_steps
 
     each, batches_a_step = attackers(), chosen["accumulation"]
-    attacked: tuple[_Attacker, Mapping[str, Tensor]]
+    attacked: list[
+        tuple[_Attacker, Mapping[str, Tensor]]
+    ] = []  # held no longer than needed: it is as large as the model
 
     def withstood(call: int, forward: Forward) -> Tensor:
-        nonlocal attacked
-        if call % batches_a_step == 0:
+        first, last = call % batches_a_step == 0, (call + 1) % batches_a_step == 0
+        if first:
             attacker = next(each)
-            attacked = attacker, attacker.step(forward.detached())
-        attacker, shift = attacked
+            attacked.append((attacker, attacker.step(forward.detached())))
+        attacker, shift = attacked.pop() if last else attacked[-1]
         return answer_loss(*predict(forward.shifted(shift), next(attacker.hidden)))
 
     told = forget_rows(model, split, chosen, answer="target_new")

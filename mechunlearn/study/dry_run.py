@@ -11,7 +11,7 @@ from mechunlearn.models import Model
 from mechunlearn.sources.bundled import BUNDLED
 from mechunlearn.sources.loading import HUB_NAME
 from mechunlearn.study.memory import Batch, attack_memory, control_memory, resistant_memory, training_memory, whole
-from mechunlearn.study.planned_arms import PlannedArm, resolve_arms, short
+from mechunlearn.study.planned_arms import LOCALIZED, PlannedArm, resolve_arms, short
 from mechunlearn.study.planned_hours import planned_hours
 from mechunlearn.study.settings import ModelSettings, StudySettings, TaskSettings
 
@@ -19,7 +19,7 @@ from mechunlearn.study.settings import ModelSettings, StudySettings, TaskSetting
 def dry_run(
     study: StudySettings, about: ModelSettings, *, tflops: float = 400.0, card: float = 80.0
 ) -> dict[str, pd.DataFrame]:
-    """Resolve every arm's components to parameters, mask and size, and estimate memory and hours.
+    """Resolve the components of every arm of a preset to parameters, mask and size, and estimate memory and hours.
 
     Without weights unless the model is bundled: shapes follow from the model file's `config`, or from a folder's.
 
@@ -81,7 +81,7 @@ def _facts(study: StudySettings, task: TaskSettings) -> tuple[int, pd.DataFrame]
 
 
 def _arm_rows(model: Model, arms: Sequence[PlannedArm]) -> pd.DataFrame:
-    budget = next(arm for arm in arms if arm.name == "random-mlps").mask.n_selected
+    budget = next(arm for arm in arms if arm.name in LOCALIZED).mask.n_selected
     rows = [
         {
             "arm": arm.name, "components": short(arm.mask.components), "origin": arm.origin,

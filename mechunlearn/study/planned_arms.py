@@ -14,12 +14,12 @@ from mechunlearn.registry import did_you_mean
 from mechunlearn.study.arms import (
     ALL_MLPS,
     ARMS,
+    BEYOND_ARMS,
     DRAWN,
     LOOKUP,
     LOOKUP_PATHS,
     NONLOCALIZED,
     RANDOM_MLPS,
-    RESISTANT,
     Arm,
     arm_named,
     n_matched,
@@ -27,10 +27,11 @@ from mechunlearn.study.arms import (
 from mechunlearn.study.memory import whole
 from mechunlearn.study.settings import StudySettings, TaskName, TaskSettings
 
-TRAINED = tuple(arm for arm in ARMS if arm.editor == "inject")  # the paper's
-LOCALIZED = tuple(arm.name for arm in TRAINED if arm.matched and arm.name not in DRAWN)
-WHOLE = tuple(arm.name for arm in TRAINED if not arm.matched)
-PLANNED = (*LOCALIZED, *DRAWN, *WHOLE, RESISTANT)
+PAPERS = tuple(arm.name for arm in ARMS)
+LOCALIZED = tuple(arm.name for arm in ARMS if arm.matched and arm.name not in DRAWN)
+WHOLE = tuple(arm.name for arm in ARMS if not arm.matched)
+BEYOND = tuple(arm.name for arm in BEYOND_ARMS)
+PLANNED = (*PAPERS, *BEYOND)
 LEADING: Mapping[TaskName, str] = {"athletes": LOOKUP, "sport": LOOKUP, "counterfact": LOOKUP_PATHS}
 """The paper's fact lookup: what the other arms are matched to."""
 
@@ -57,11 +58,11 @@ class PlannedArm:
     @property
     def is_resistant(self) -> bool:
         """Whether its editor trains against an attacker."""
-        return self.arm.editor == "resistant_inject"
+        return self.arm.editor == "resistant_inject" and self.arm.editing.get("resist_weight") != 0
 
 
 def resolve_arms(model: Model, study: StudySettings, task: TaskSettings) -> list[PlannedArm]:
-    """Every arm's components as parameters and masks, checked against `n_mlps` MLPs.
+    """The components of the preset's arms as parameters and masks, checked against `n_mlps` MLPs.
 
     Arms of MLPs must have exactly as many entries. Sets with attention may exceed that by less than one sublayer, for
     the paper added sublayers until the number was reached; the random one here stays below.
@@ -69,9 +70,12 @@ def resolve_arms(model: Model, study: StudySettings, task: TaskSettings) -> list
     Raises:
         ValueError: an unknown arm, a component that the model does not have, or a size that does not match.
     """
+    wanted = study.arms or PAPERS
     for name in (*task.components, *task.start, *task.rank):
         if name not in PLANNED:
             raise ValueError(f"unknown arm {name!r}.{did_you_mean(name, PLANNED)}")
+    if others := [name for name in wanted if name not in PLANNED]:
+        raise ValueError(f"arms: got {', '.join(others)}, which are not planned; allowed: {', '.join(PLANNED)}")
     if not task.n_mlps < model.n_layers:
         raise ValueError(f"n_mlps: got {task.n_mlps}, allowed: fewer than the model's {model.n_layers} layers")
     leading = LEADING[study.task]
@@ -87,14 +91,16 @@ def resolve_arms(model: Model, study: StudySettings, task: TaskSettings) -> list
         RANDOM_MLPS: random_mask_like(first, model, seed=study.seed),
         ALL_MLPS: mask_of(model, all_components(model, ("mlp",))),
         NONLOCALIZED: whole(model),
-        RESISTANT: published.get(RESISTANT) or _with_more(model, masks[LOOKUP], arm_named(RESISTANT).more_mlps),
     }  # fmt: skip
-    for name in (*LOCALIZED, *DRAWN, RESISTANT):
+    masks |= {
+        name: published.get(name) or _with_more(model, masks[LOOKUP], arm_named(name).more_mlps) for name in BEYOND
+    }
+    for name in (*LOCALIZED, *DRAWN, *BEYOND):
         budget = n_matched(model, task, arm_named(name))
         _check_size(model, name, masks[name], budget, exactly=name == leading or name.endswith("-mlps"))
     return [
         PlannedArm(name=name, origin=_origin(name, published), mask=masks[name], rank=task.rank.get(name))
-        for name in PLANNED
+        for name in wanted
     ]
 
 

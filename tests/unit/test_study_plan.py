@@ -23,7 +23,7 @@ from mechunlearn.edit.training import Forward, low_rank_trainable, masked_traina
 from mechunlearn.facts import with_edit_targets
 from mechunlearn.masks import mask_of
 from mechunlearn.models import wrap_model
-from mechunlearn.study.arms import RESISTANT, n_matched
+from mechunlearn.study.arms import RESISTANT, UNRESISTED, n_matched
 from mechunlearn.study.deals import FORGET_PARTS
 from mechunlearn.study.dry_run import dry_run
 from mechunlearn.study.memory import (
@@ -35,8 +35,8 @@ from mechunlearn.study.memory import (
     training_memory,
 )
 from mechunlearn.study.operations import edit_flops, training_flops
-from mechunlearn.study.planned_arms import LEADING, PLANNED, resolve_arms, short
-from mechunlearn.study.run import Part, lines, parts_of, trials
+from mechunlearn.study.parts import Part, lines, parts_of, trials
+from mechunlearn.study.planned_arms import LEADING, PAPERS, resolve_arms, short
 from mechunlearn.study.settings import load_study, study_models, study_presets
 
 REAL = ("pythia-2.8b", "gemma-7b", "gemma-2-9b", "llama-3-8b")
@@ -92,19 +92,19 @@ def test_the_published_sets_have_the_published_sizes(preset, model, arm, entries
     assert found == entries if exact else abs(found - entries) <= digit / 2
 
 
-@pytest.mark.parametrize("preset", [name for name in study_presets() if name != "quick"])
+@pytest.mark.parametrize("preset", [name for name in study_presets() if name not in ("quick", "editors")])
 @pytest.mark.parametrize("name", [name for name in study_models() if name != "atlas-quick"])
 def test_every_preset_resolves_on_every_model(preset, name):
     study, about = load_study(preset, model=name)
     tables = dry_run(study, about)
     arms, memory, hours = tables["arms"].set_index("arm"), tables["memory"].set_index("of"), tables["hours"]
-    assert tuple(arms.index) == PLANNED
-    exact = [arm for arm in PLANNED if arm.endswith("-mlps") and arm != "all-mlps"] + [LEADING[study.task]]
-    assert (arms.loc[exact, "of the budget"] == 1).all()
-    assert 0.8 < arms.loc["random", "of the budget"] <= 1
-    assert arms.loc["nonlocalized", "share"] == 1
-    small = [arm for arm in PLANNED if arm != RESISTANT]  # with some sets that one needs a rank, see below
-    assert memory.loc[small, "total"].le(80).all(), "it is to run on one card"
+    assert tuple(arms.index) == tuple(study.arms or PAPERS)
+    exact = {arm for arm in arms.index if arm.endswith("-mlps") and arm != "all-mlps"} | {LEADING[study.task]}
+    assert (arms.loc[list(exact & {*arms.index}), "of the budget"] == 1).all()
+    if not study.arms:
+        assert 0.8 < arms.loc["random", "of the budget"] <= 1
+        assert arms.loc["nonlocalized", "share"] == 1
+    assert memory["total"].le(80).all(), "it is to run on one card"
     assert {"relearning", "quantization", "probing", "suppressed-lora"} <= set(memory.index)
     assert (memory["checkpointed"] <= memory["total"]).all()
     assert hours["hours"].iloc[:-1].sum() == pytest.approx(hours["hours"].iloc[-1])
@@ -149,23 +149,32 @@ def test_attacks_that_both_levels_have_are_counted_once():
     assert hours["quick attacks"] > 0
 
 
-def test_an_arm_against_an_attacker_fits_with_a_rank_wherever_it_does_not_without():
-    study, about = load_study("counterfact-16", model="gemma-7b")
-    task = about.tasks["counterfact"]
-    ranked = task.model_copy(update={"rank": {**task.rank, RESISTANT: 64}})
-    full, low = (
-        dry_run(study, about.model_copy(update={"tasks": {"counterfact": t}}))["memory"].set_index("of")
-        for t in (task, ranked)
-    )
+def test_arms_that_are_not_planned_are_refused_in_one_line():
+    with pytest.raises(
+        ValueError, match=r"arms: got .*rome.*, which are not planned; allowed: lookup-probe"
+    ) as refused:
+        dry_run(*load_study("editors"))
+    assert "\n" not in str(refused.value)
+
+
+def test_an_arm_against_an_attacker_fits_with_a_rank_and_holds_an_attacker_of_its_rank():
+    study, about = load_study("beyond-athletes", model="gemma-7b")
+    task = about.tasks["athletes"]
+
+    def held(**changes):
+        tasks = {"athletes": task.model_copy(update=changes)}
+        return dry_run(study, about.model_copy(update={"tasks": tasks}))["memory"].set_index("of")
+
+    full = held(rank={})
     assert not full.loc[RESISTANT, "fits"]
-    assert low.loc[RESISTANT, "fits"]
-    every = task.model_copy(update={"attack_rank": None})
-    held = dry_run(study, about.model_copy(update={"tasks": {"counterfact": every}}))["memory"].set_index("of")
-    assert held.loc[RESISTANT, "trained"] - full.loc[RESISTANT, "trained"] > 100  # 16 bytes for 7.75e9 entries
+    assert held().loc[RESISTANT, "fits"]
+    assert full.loc[UNRESISTED, "total"] < full.loc[RESISTANT, "total"]
+    every = held(rank={}, attack_rank=None)
+    assert every.loc[RESISTANT, "trained"] - full.loc[RESISTANT, "trained"] > 100  # 16 bytes for 7.75e9 entries
 
 
 def test_the_arm_against_an_attacker_edits_the_arm_by_probing_and_more_mlps():
-    arms, task = arms_of("sports-athletes-16", "gemma-2-9b")
+    arms, task = arms_of("beyond-athletes", "gemma-2-9b")
     assert short(arms[RESISTANT].mask.components) == "m2-7"
     assert arms[RESISTANT].mask.n_selected == n_matched(bare("gemma-2-9b"), task, arms[RESISTANT].arm)
     assert arms[RESISTANT].origin == "assumed"
@@ -237,7 +246,7 @@ def test_a_configuration_that_is_none_is_refused(tmp_path):
 def test_the_command_prints_every_arm():
     shown = CliRunner().invoke(app, ["study", "plan", "sports-whole", "--model", "llama-3-8b", "--card", "40"])
     assert shown.exit_code == 0
-    assert all(f" {arm} " in shown.output for arm in PLANNED)
+    assert all(f" {arm} " in shown.output for arm in PAPERS)
     assert "704643072" in shown.output
 
 
