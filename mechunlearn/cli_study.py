@@ -12,7 +12,7 @@ study_app = typer.Typer(help="The Mechanistic Unlearning study (arXiv:2410.12949
 
 
 PresetsArgument = Annotated[
-    list[str] | None, typer.Argument(help="Presets of the study or TOML files; none: the paper's six.")
+    list[str] | None, typer.Argument(help="Presets of the study or TOML files; none: the paper's six, to report: all.")
 ]
 StudyOut = Annotated[Path, typer.Option("--out", help="Folder of finished jobs and tables.")]
 StudyModel = Annotated[
@@ -58,7 +58,7 @@ def study_report(
     """Write the tables and figures of those presets that are finished, from their jobs; runs nothing."""
     from mechunlearn import study_stage
 
-    parts = study_stage.chosen_parts(presets or [], out, model=model, seeds=seeds)
+    parts = study_stage.chosen_parts(presets or study_stage.every_preset(), out, model=model, seeds=seeds)
     _show_study(study_stage.write_tables(parts, out), out)
 
 

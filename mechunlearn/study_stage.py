@@ -12,7 +12,7 @@ from mechunlearn.report.study_page import study_page
 from mechunlearn.study.claims import PAPERS_TASKS, beside_published, claim_table
 from mechunlearn.study.parts import Part, parts_of
 from mechunlearn.study.run import Progress, estimate, run_study
-from mechunlearn.study.settings import load_study
+from mechunlearn.study.settings import load_study, study_presets
 from mechunlearn.study.tables import StudyTables, study_tables
 
 QUICK = "quick"
@@ -32,6 +32,11 @@ def chosen_parts(
         load_study(name, model=model, seeds=seeds, device=device, workers=workers) for name in presets or PAPERS_TASKS
     ]
     return parts_of(loaded, out)
+
+
+def every_preset() -> list[str]:
+    """All but the quick one, the paper's first."""
+    return [*PAPERS_TASKS, *(name for name in study_presets() if name not in (QUICK, *PAPERS_TASKS))]
 
 
 def planned(parts: Sequence[Part]) -> pd.DataFrame:
