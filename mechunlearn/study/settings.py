@@ -125,6 +125,8 @@ class StudySettings(Strict):
     """Parts that are forgotten one after another, each located anew."""
     steps_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Of the task's steps, for each part."""
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Rows of a batch, in place of the task's: as many as a part has facts, say."""
     model: str = "atlas"
     """Which model's file: the line to change."""
     seed: int = 0
@@ -167,7 +169,7 @@ def study_models() -> tuple[str, ...]:
 def load_study(name_or_path: str | Path, **changes: Any) -> tuple[StudySettings, ModelSettings]:
     """Read a preset and its model's file, each by name or by path; a change that is None is none.
 
-    The model's task is the one for the preset's number of facts, its `config` a path from here.
+    The model's task is the one for the preset's number of facts and batch, its `config` a path from here.
 
     Raises:
         FileNotFoundError: neither a preset nor a file.
@@ -179,7 +181,8 @@ def load_study(name_or_path: str | Path, **changes: Any) -> tuple[StudySettings,
     where, model = load_study_model(study.model)
     if study.task not in model.tasks:
         raise ValueError(f"{where}: got no task '{study.task}', allowed for {model.name}: {', '.join(model.tasks)}")
-    tasks = model.tasks | {study.task: model.tasks[study.task].at(study.n)}
+    task = model.tasks[study.task].at(study.n)
+    tasks = model.tasks | {study.task: task.model_copy(update={"batch_size": study.batch_size or task.batch_size})}
     config = model.config and str(where.parent / model.config)
     return study, model.model_copy(update={"tasks": tasks, "config": config})
 

@@ -35,6 +35,13 @@ def test_every_preset_validates_on_its_model(preset):
     assert parts_of([(study, model)], Path())[0].names
 
 
+def test_a_presets_batch_is_the_tasks_unless_it_has_its_own():
+    for preset, rows in (("counterfact-64", 32), ("counterfact-sequential-4x16", 16)):
+        study, model = load_study(preset)
+        (part,) = parts_of([(study, model)], Path())
+        assert editor_options(part.arms[0], study, model.tasks[study.task])["batch_size"] == rows
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
