@@ -31,6 +31,11 @@ def presets_of(tables: StudyTables) -> list[str]:
     return list(dict.fromkeys(tables.arms.loc[tables.arms["arm"].isin(AGAINST), "preset"]))
 
 
+def seeds_of(tables: StudyTables) -> int:
+    """The most seeds that one of them has."""
+    return int(tables.arms.loc[tables.arms["preset"].isin(presets_of(tables)), "n_seeds"].to_numpy().max())
+
+
 def interval(row: Any, of: str = "mean") -> str:
     """Value with its 95% interval."""
     return f"{row[of]:.2f} [{row['lower']:.2f}, {row['upper']:.2f}]"

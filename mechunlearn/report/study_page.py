@@ -13,6 +13,7 @@ from mechunlearn.report.study_numbers import (
     number_table,
     presets_of,
     same_edits,
+    seeds_of,
     side_by_side,
     verdict_words,
 )
@@ -60,7 +61,7 @@ def study_page(tables: StudyTables, claims: pd.DataFrame) -> str:
         for claim in CLAIMS
     ]  # fmt: skip
     return environment.get_template("study.md.j2").render(
-        presets=presets_of(tables), n_seeds=int(tables.arms["n_seeds"].to_numpy().max()), claims=about,
+        presets=presets_of(tables), n_seeds=seeds_of(tables), claims=about,
         same=same_edits(tables), finished=FINISHED, damage=[number_table(tables, paper, m) for m in DAMAGE[:2]],
         false_labels=side_by_side(tables, (LOOKUP, f"{LOOKUP}, false labels"), ("relearning, excess",)),
         copied=[
