@@ -89,22 +89,19 @@ def resistant_inject(
     rng = random.Random(chosen["seed"])
     rows = max(1, chosen["batch_size"] // 4)
 
+    accumulation = chosen["accumulation"]
+
     def attackers() -> Iterator[_Attacker]:
+        """The attacker of each call of the loss."""
         while True:
             attacker = _Attacker.of(model, split.forget, kept, rows, chosen["forms"], attack_rate, attack_rank, rng)
-            yield from [attacker] * attack_steps
+            yield from [attacker] * (attack_steps * accumulation)
 
-    each, batches_a_step = attackers(), chosen["accumulation"]
-    attacked: list[
-        tuple[_Attacker, Mapping[str, Tensor]]
-    ] = []  # held no longer than needed: it is as large as the model
+    each = attackers()
 
     def withstood(call: int, forward: Forward) -> Tensor:
-        first, last = call % batches_a_step == 0, (call + 1) % batches_a_step == 0
-        if first:
-            attacker = next(each)
-            attacked.append((attacker, attacker.step(forward.detached())))
-        attacker, shift = attacked.pop() if last else attacked[-1]
+        attacker = next(each)
+        shift = attacker.change() if call % accumulation else attacker.step(forward.detached())
         return answer_loss(*predict(forward.shifted(shift), next(attacker.hidden)))
 
     told = forget_rows(model, split, chosen, answer="target_new")
@@ -150,6 +147,10 @@ class _Attacker:
         nn.utils.clip_grad_norm_(list(self.trainable.leaves.values()), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return self.change()
+
+    def change(self) -> Mapping[str, Tensor]:
+        """What was changed by now, without its gradient."""
         return {name: change.detach() for name, change in self._shift().items()}
 
     def _shift(self) -> dict[str, Tensor]:
