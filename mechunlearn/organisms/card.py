@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mechunlearn.bench.check import Check
+from mechunlearn.report.markdown import markdown_table
 
 _KEYS = {
     "name", "recipe", "parameters", "n_facts", "n_subjects", "n_excluded_facts", "read_the_default_forget_sets",
@@ -76,16 +77,14 @@ def write_card(folder: Path, check: Check) -> Path:
             seed=recipe["seed"],
             datasets=", ".join(recipe["datasets"]),
             lost=lost,
-            settings=_table(["setting", "value"], [[key, str(value)] for key, value in recipe.items()]),
-            criteria=_table(
-                list(check.criteria.columns),
-                [list(map(str, row)) for row in check.criteria.fillna("").itertuples(index=False)],
+            settings=markdown_table([["setting", "value"], *([key, str(value)] for key, value in recipe.items())]),
+            criteria=markdown_table(
+                [
+                    list(check.criteria.columns),
+                    *(list(map(str, row)) for row in check.criteria.fillna("").itertuples(index=False)),
+                ]
             ),
         ),
         encoding="utf-8",
     )
     return path
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mechunlearn.comparison import holm
-from mechunlearn.report.study_numbers import Table, interval
+from mechunlearn.report.markdown import Table
+from mechunlearn.report.study_numbers import interval
 from mechunlearn.study.arms import RESISTANT
 from mechunlearn.study.claims import ALPHA
 from mechunlearn.study.tables import StudyTables

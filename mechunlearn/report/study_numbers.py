@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from mechunlearn.report.markdown import Table, markdown_table
 from mechunlearn.study.arms import LOOKUP
 from mechunlearn.study.claims import AGAINST, unfinished
 from mechunlearn.study.tables import StudyTables
@@ -12,18 +13,13 @@ from mechunlearn.study.tables import StudyTables
 # pandas has no complete types
 # pyright: standard
 
-Table = list[list[str]]
-"""Rows of texts, the first one the heading."""
 UNFINISHED = "†"
 """The sign beside the numbers of an unfinished edit."""
 
 
 def markdown(table: Table) -> str:
-    """A table in Markdown."""
-    head, *rows = table
-    if not rows:
-        return "(Nothing was measured.)"
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+    """A table in Markdown; without rows it says so."""
+    return markdown_table(table) if len(table) > 1 else "(Nothing was measured.)"
 
 
 def presets_of(tables: StudyTables) -> list[str]:

@@ -6,8 +6,8 @@ import jinja2
 import pandas as pd
 
 from mechunlearn.report.beyond import beyond_table
+from mechunlearn.report.markdown import Table
 from mechunlearn.report.study_numbers import (
-    Table,
     draw_table,
     markdown,
     number_table,
