@@ -202,7 +202,7 @@ def conclude(
         "seconds": round(sum(side.seconds for side in (*sides, *nulls)), 1),
     }  # fmt: skip
     if task.role == "suppressed" and first.acceptance is not None:
-        notes["acceptance"] = asdict(first.acceptance) | {"reason": first.acceptance.reason}
+        notes["acceptance"] = first.acceptance.record
         notes["control"] = next(asdict(control) for control in controls if control.kind == own.suppression)
     if first.evaluation is None:
         raise ValueError(f"cell '{task.name}': its first side was not evaluated")

@@ -1,7 +1,8 @@
 """Whether a model is suppressed, and only suppressed: what a positive control must pass before it shows anything."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -49,6 +50,11 @@ class Acceptance:
     def accepted(self) -> bool:
         """Only then can recovering the facts show an attack's power."""
         return not self.reason
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The numbers with the reason, as kept on disk."""
+        return asdict(self) | {"reason": self.reason}
 
 
 def accept(model: Model, split: FactSplit, edit: WeightEdit, *, max_facts: int = 256) -> Acceptance:

@@ -1,13 +1,12 @@
 """Beyond the paper: what an edit that is trained against relearning leaves to bring back, beside edits that are not."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from mechunlearn.comparison import holm
 from mechunlearn.report.markdown import Table
 from mechunlearn.report.study_numbers import interval
 from mechunlearn.study.arms import RESISTANT
-from mechunlearn.study.claims import ALPHA
+from mechunlearn.study.claims import clear_sign, n_unhealthy
 from mechunlearn.study.tables import StudyTables
 
 # pandas has no complete types
@@ -31,20 +30,10 @@ def beyond_table(tables: StudyTables, level: str) -> Table:
         excesses = [row for measure, row in by_measure.items() if measure.endswith(", excess")]
         for row, p in zip(excesses, holm([row["p"] for row in excesses]), strict=True):
             attack = row["measure"].removesuffix(", excess")
-            ill = unhealthy_seeds(tables, preset, level, (reference, RESISTANT), attack)
-            clear = p < ALPHA and not ill
-            word = "less" if clear and row["lower"] > 0 else "more" if clear and row["upper"] < 0 else "open"
+            ill = n_unhealthy(tables, preset, level, (reference, RESISTANT), attack)
+            word = ("open", "less", "more")[0 if ill else clear_sign(row, p)]
             table.append(
                 [preset, attack, reference, interval(row, "difference"), interval(by_measure[attack], "difference"),
                  f"{p:.4f}", str(ill), str(row["n_facts"]), str(row["n_seeds"]), word]
             )  # fmt: skip
     return table
-
-
-def unhealthy_seeds(tables: StudyTables, preset: str, level: str, arms: Sequence[str], attack: str) -> int:
-    """Under how many seeds an attack was unhealthy, at most, on one of the arms or its twin."""
-    own = tables.arms.loc[
-        (tables.arms["preset"] == preset) & (tables.arms["level"] == level) & tables.arms["arm"].isin(arms)
-        & (tables.arms["measure"] == f"{attack}, healthy")
-    ]  # fmt: skip
-    return round(float(((1 - own["mean"]) * own["n_seeds"]).sum()))

@@ -1,6 +1,6 @@
 """The paper's claims, each put to the study's numbers: it holds, does not, or cannot be told here, and why."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -72,8 +72,6 @@ def claim_table(tables: StudyTables) -> pd.DataFrame:
     same edit; or there is no twin to compare an attack with. An attack that was unhealthy under some seed decides
     nothing.
     """
-    unhealthy = tables.arms.loc[tables.arms["measure"].str.endswith(", healthy") & (tables.arms["mean"] < 1)]
-    broken = {(r["preset"], r["level"], r["arm"], r["measure"].partition(",")[0]) for r in unhealthy.to_dict("records")}
     halfway, rows = unfinished(tables), []
     differences = tables.differences
     compared = differences.loc[(differences["reference"] == LOOKUP) & differences["arm"].isin(AGAINST)]
@@ -83,10 +81,7 @@ def claim_table(tables: StudyTables) -> pd.DataFrame:
             found = {row["measure"]: row for row in group.to_dict("records")}
             told = [(found[m], sign) for m, sign in claim.measures if m in found]
             attacks = {m: m.partition(",")[0] for m, _ in claim.measures}
-            bad = [
-                attack for attack in attacks.values()
-                if any((preset, level, who, attack) in broken for who in (arm, LOOKUP))
-            ]  # fmt: skip
+            bad = [a for a in attacks.values() if n_unhealthy(tables, preset, level, (arm, LOOKUP), a)]
             if not told and not any(attack in found for attack in attacks.values()):
                 continue  # not measured at this level
             short = [who for who in (LOOKUP, arm) if (preset, who) in halfway]
@@ -106,6 +101,15 @@ def unfinished(tables: StudyTables) -> set[tuple[str, str]]:
     return set(zip(short["preset"], short["arm"], strict=True))
 
 
+def n_unhealthy(tables: StudyTables, preset: str, level: str, arms: Sequence[str], attack: str) -> int:
+    """Under how many seeds an attack was unhealthy on one of the arms or its twin, summed over the arms."""
+    own = tables.arms.loc[
+        (tables.arms["preset"] == preset) & (tables.arms["level"] == level) & tables.arms["arm"].isin(arms)
+        & (tables.arms["measure"] == f"{attack}, healthy")
+    ]  # fmt: skip
+    return round(float(((1 - own["mean"]) * own["n_seeds"]).sum()))
+
+
 def _word(told: Sequence[tuple[dict[str, float], int]], bad: Sequence[str]) -> tuple[str, str]:
     numbers = "; ".join(
         f"{row['measure']} {row['difference']:+.2f} [{row['lower']:+.2f}, {row['upper']:+.2f}]" for row, _ in told
@@ -115,7 +119,7 @@ def _word(told: Sequence[tuple[dict[str, float], int]], bad: Sequence[str]) -> t
         return OPEN, f"every attack was unhealthy under some seed: {', '.join(dict.fromkeys(bad))}"
     if all(row["same"] for row, _ in told):
         return OPEN, SAME_EDIT
-    signs = [_clear(row) * sign for row, sign in told]
+    signs = [clear_sign(row, row["p_holm"]) * sign for row, sign in told]
     if any(s > 0 for s in signs) and not any(s < 0 for s in signs):
         return HOLDS, numbers + note
     if any(s < 0 for s in signs) and not any(s > 0 for s in signs):
@@ -123,11 +127,9 @@ def _word(told: Sequence[tuple[dict[str, float], int]], bad: Sequence[str]) -> t
     return OPEN, numbers + note
 
 
-def _clear(row: dict[str, float]) -> int:
-    """The sign of a difference that is told from 0."""
-    if row["p_holm"] >= ALPHA:
-        return 0
-    return 1 if row["lower"] > 0 else -1 if row["upper"] < 0 else 0
+def clear_sign(row: Mapping[str, float], p: float) -> int:
+    """The sign of a difference that is told from 0: its interval excludes 0 and its corrected p is below `ALPHA`."""
+    return int(p < ALPHA) * (int(row["lower"] > 0) - int(row["upper"] < 0))
 
 
 def published() -> pd.DataFrame:

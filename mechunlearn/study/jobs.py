@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -143,7 +143,7 @@ def carry_out(jobs: Sequence[Job], home: Path) -> None:
             "loss": [edit.history[-1] for edit in edits if edit.history],
         }  # fmt: skip
         if acceptance is not None:
-            made |= {"refused": acceptance.reason, "acceptance": asdict(acceptance)}
+            made["acceptance"] = acceptance.record
         for job in todo:
             evaluation, results, found = _look(job, deal, model, baseline, attacked)
             _save(job, home, evaluation, results, found | made | {"seconds": round(time.monotonic() - started, 1)})

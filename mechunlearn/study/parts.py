@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mechunlearn.registry import did_you_mean
-from mechunlearn.study.arms import ALL_MLPS, ARMS, DRAWN, EVERY_ARM, LOOKUP, NONLOCALIZED, Arm, arm_named
+from mechunlearn.study.arms import ALL_MLPS, ARMS, DRAWN, EVERY_ARM, LOOKUP, NONLOCALIZED, RANDOM_MLPS, Arm, arm_named
 from mechunlearn.study.jobs import Job, Level, Outcome
 from mechunlearn.study.settings import ModelSettings, StudySettings
 from mechunlearn.study.tuner import editor_options, score, trial_options
@@ -19,6 +19,7 @@ Located = Mapping[str, Sequence[Sequence[str]]]
 DEVELOPMENT = 1000  # added to the seed: the deal that editors are tuned on
 COPIED = {"random-mlps#0": LOOKUP, ALL_MLPS: NONLOCALIZED}
 """Arms that are run a second time with the options of another, which the paper gave them in place of their own."""
+SIDES = 2  # of every line: the edited model, and the twin or, without one, the edited model asked for made-up facts
 LEVELS: tuple[Level, ...] = ("quick", "standard")
 
 
@@ -46,9 +47,7 @@ class Part:
     @property
     def names(self) -> list[str]:
         """The arms' names, drawn ones once a draw."""
-        drawn = {arm.name: [f"{arm.name}#{k}" for k in range(self.study.draws)] for arm in self.arms}
-        drawn |= {"random": ["random#0"]}
-        return [name for arm in self.arms for name in (drawn[arm.name] if arm.name in DRAWN else [arm.name])]
+        return drawn_names(self.study, self.arms)
 
     @property
     def seeds(self) -> range:
@@ -75,6 +74,29 @@ class Part:
             n_entries=self.n_entries(name, seed), editor=arm.editor,
             options={**editor_options(arm, self.study, task), **options}, **more,
         )  # fmt: skip
+
+
+def drawn_names(study: StudySettings, arms: Sequence[Arm]) -> list[str]:
+    """The arms' names, drawn ones once a draw: random MLPs `study.draws` times, random sublayers once."""
+    draws = {RANDOM_MLPS: study.draws}
+    return [f"{arm.name}#{k}" if arm.name in DRAWN else arm.name for arm in arms for k in range(draws.get(arm.name, 1))]
+
+
+def copied_names(study: StudySettings, names: Sequence[str]) -> list[str]:
+    """Those of the names that are edited a second time, with the options of another arm; see `COPIED`."""
+    if "copied options" not in study.defects:
+        return []
+    return [name for name, other in COPIED.items() if name in names and other in names]
+
+
+def line_counts(study: StudySettings, model: ModelSettings, arms: Sequence[Arm]) -> dict[Level | str, int]:
+    """How many lines `lines` makes: quick, standard, and (with the quick ones, not among them) "false labels"."""
+    names = drawn_names(study, arms)
+    return {
+        "quick": study.seeds * (1 + len(names) + len(copied_names(study, names))) + len(model.controls),
+        "standard": study.seeds * sum(arm.standard for arm in arms) + 1 + len(model.controls),
+        "false labels": study.seeds * ("false labels" in study.defects),
+    }
 
 
 def located_path(part: Part, seed: int) -> Path:
@@ -134,9 +156,9 @@ def lines(part: Part, best: Mapping[str, Mapping[str, Any]]) -> list[Line]:
             add(name, seed, "quick", part.job(name, seed, best[arm.name]))
             if arm.standard and name.partition("#")[2] in ("", "0"):
                 add(name, seed, "standard", part.job(name, seed, best[arm.name], level="standard"))
-        for name, other in COPIED.items() if "copied options" in study.defects else ():
-            if name in part.names and other in part.names:
-                add(f"{arm_named(name).name}, tuned as {other}", seed, "quick", part.job(name, seed, best[other]))
+        for name in copied_names(study, part.names):
+            other = COPIED[name]
+            add(f"{arm_named(name).name}, tuned as {other}", seed, "quick", part.job(name, seed, best[other]))
         if "false labels" in study.defects:
             add(f"{LOOKUP}, false labels", seed, "quick", part.job(LOOKUP, seed, best[LOOKUP], false_labels=True))
     return found

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import pandas as pd
 
 from mechunlearn.models import Model
-from mechunlearn.study.arms import ALL_MLPS, RANDOM_MLPS
+from mechunlearn.study.arms import arm_named
 from mechunlearn.study.memory import weight_bytes
 from mechunlearn.study.operations import attack_flops, control_flops, edit_flops, localizing_flops
+from mechunlearn.study.parts import SIDES, copied_names, drawn_names, line_counts
 from mechunlearn.study.planned_arms import PlannedArm
 from mechunlearn.study.settings import ModelSettings, StudySettings, TaskSettings
 
 HASHED = 1e9  # bytes a second: an edit records the hash of the weights that it was made of
-SIDES = 2  # of every attack: the edited model, and the twin or, without one, the edited model asked for made-up facts
 
 
 def planned_hours(
@@ -31,7 +31,8 @@ def planned_hours(
     """
     task, seeds, made = about.tasks[study.task], study.seeds, 2 if about.twin else 1
     edit = {planned.name: study.blocks * _edit_flops(model, study, task, planned) for planned in arms}
-    edited = _edited_under_a_seed(study, arms)
+    names = drawn_names(study, [planned.arm for planned in arms])
+    edited = [arm_named(name).name for name in (*names, *copied_names(study, names))]
     controls = [control_flops(model, kind, options) for kind, options in about.controls.items()]
     quick = {name: attack_flops(model, name, options, n_facts) for name, options in about.quick.items()}
     standard = [  # attacks that are the quick level's are not repeated
@@ -39,17 +40,16 @@ def planned_hours(
         for name, options in about.standard.items()
         if options != about.quick.get(name)
     ]
-    n_quick = seeds * (len(edited) + 1) + len(controls)
-    n_standard = seeds * sum(planned.arm.standard for planned in arms) + 1 + len(controls)
-    n_false = seeds if "false labels" in study.defects else 0
+    n = line_counts(study, about, [planned.arm for planned in arms])
+    n_quick, n_standard, n_false = (SIDES * n[what] for what in ("quick", "standard", "false labels"))
     counts = {
         "localizing": ((seeds + 1) * study.blocks, (seeds + 1) * localizing_flops(model, n_facts)),
         "tuning": (study.blocks * len(task.trials) * len(arms), len(task.trials) * sum(edit.values())),
         "edits": (study.blocks * made * seeds * len(edited), made * seeds * sum(edit[name] for name in edited)),
         "positive controls": (made * len(controls), made * sum(controls)),
-        "quick attacks": (SIDES * n_quick, SIDES * n_quick * sum(quick.values())),
-        "standard attacks": (SIDES * n_standard, SIDES * n_standard * sum(standard)),
-        "relearning false labels": (SIDES * n_false, SIDES * n_false * quick.get("relearning", 0.0)),
+        "quick attacks": (n_quick, n_quick * sum(quick.values())),
+        "standard attacks": (n_standard, n_standard * sum(standard)),
+        "relearning false labels": (n_false, n_false * quick.get("relearning", 0.0)),
     }
     rows: list[tuple[str, int | str, float, float]] = [
         (what, n, flops / 1e15, flops / speed / 3600) for what, (n, flops) in counts.items() if n
@@ -65,9 +65,3 @@ def _edit_flops(model: Model, study: StudySettings, task: TaskSettings, planned:
         model, planned.mask, rows=task.batch_size, steps=planned.arm.slower * study.steps_of(task),
         accumulation=task.accumulation, resistant=planned.is_resistant,
     )  # fmt: skip
-
-
-def _edited_under_a_seed(study: StudySettings, arms: Sequence[PlannedArm]) -> list[str]:
-    """The arms by name, random MLPs once a draw; with copied options two of them again."""
-    draws = [planned.name for planned in arms for _ in range(study.draws if planned.name == RANDOM_MLPS else 1)]
-    return draws + ([RANDOM_MLPS, ALL_MLPS] if "copied options" in study.defects else [])

@@ -13,7 +13,7 @@ from mechunlearn.sources.loading import load_facts
 from mechunlearn.study.arms import arm_named, n_matched, ranked_components
 from mechunlearn.study.deals import dealt
 from mechunlearn.study.jobs import Job, Level, carry_out, is_done
-from mechunlearn.study.parts import COPIED, DEVELOPMENT, Line, Part, lines, located_path, trials, tuned
+from mechunlearn.study.parts import DEVELOPMENT, SIDES, Line, Part, line_counts, lines, located_path, trials, tuned
 from mechunlearn.study.settings import ModelSettings
 
 Progress = Callable[[str, float, float], None]
@@ -110,12 +110,10 @@ def estimate(parts: Sequence[Part], *, workers: int) -> dict[str, float]:
     measured = {level: _mean_seconds(home, level) for level in SECONDS}
     n: dict[Level, int] = {"tune": 0, "quick": 0, "standard": 0}
     for part in parts:
-        n_seeds, names = len(part.seeds), len(part.names)
         n["tune"] += len(part.arms) * len(part.model.tasks[part.study.task].trials)
-        n_controls, defects = len(part.model.controls), part.study.defects
-        shown = len(COPIED) * ("copied options" in defects) + ("false labels" in defects)
-        n["quick"] += 2 * (n_seeds * (names + 1 + shown) + n_controls)
-        n["standard"] += 2 * (n_seeds * sum(arm.standard for arm in part.arms) + 1 + n_controls)
+        counts = line_counts(part.study, part.model, part.arms)
+        n["quick"] += SIDES * (counts["quick"] + counts["false labels"])
+        n["standard"] += SIDES * counts["standard"]
     return {level: n[level] * measured[level] / workers / 3600 for level in n}
 
 

@@ -69,7 +69,7 @@ def levels_before(originals: Pairs, *, edited: bool) -> dict[str, float]:
 
 def accepted(pairs: Pairs) -> bool:
     """Whether a positive control is suppressed, and only suppressed, under every seed; see `controls.acceptance`."""
-    return not any(edited.record["refused"] for edited, _ in pairs)
+    return not any(edited.record["acceptance"]["reason"] for edited, _ in pairs)
 
 
 def _evidence(pairs: Pairs, null: str) -> list[AttackEvidence]:

@@ -301,7 +301,7 @@ def outcome(**record: object) -> Outcome:
 
 
 def test_a_control_that_is_refused_under_one_seed_is_not_accepted():
-    fine, refused = outcome(refused=""), outcome(refused="retained facts fell from 100% to 94%")
+    fine, refused = (outcome(acceptance={"reason": why}) for why in ("", "retained facts fell from 100% to 94%"))
     assert accepted([(fine, outcome()), (fine, outcome())])
     assert not accepted([(fine, outcome()), (refused, outcome())])
 

@@ -37,6 +37,7 @@ from mechunlearn.study.memory import (
 from mechunlearn.study.operations import edit_flops, training_flops
 from mechunlearn.study.parts import Part, lines, parts_of, trials
 from mechunlearn.study.planned_arms import LEADING, PAPERS, resolve_arms, short
+from mechunlearn.study.run import SECONDS, estimate
 from mechunlearn.study.settings import load_study, study_models, study_presets
 
 REAL = ("pythia-2.8b", "gemma-7b", "gemma-2-9b", "llama-3-8b")
@@ -139,6 +140,10 @@ def test_the_plan_counts_the_jobs_that_the_study_makes(preset, model, monkeypatc
     } | ({"relearning false labels": 2 * len(false)} if false else {})  # fmt: skip
     planned = dry_run(study, about)["hours"].set_index("what")["how often"]
     assert planned.drop(index=["hashing the edited weights", "total"]).to_dict() == expected
+    hours = {level: n / 2 * SECONDS[level] / 3600 for level, n in
+             (("tune", expected["tuning"] / study.blocks), ("standard", expected["standard attacks"]),
+              ("quick", 2 * sum(line.level == "quick" for line in made)))}  # fmt: skip
+    assert estimate([part], workers=2) == pytest.approx(hours)
 
 
 def test_attacks_that_both_levels_have_are_counted_once():
