@@ -11,8 +11,9 @@ import torch
 from mechunlearn.files import whole_folder
 from mechunlearn.organisms.forget_sets import never_known
 from mechunlearn.organisms.tokenizer import train_tokenizer
-from mechunlearn.organisms.train import Recipe, Trainer, train
+from mechunlearn.organisms.train import Recipe, Trainer
 from mechunlearn.registry import did_you_mean
+from mechunlearn.resumable import run_training
 
 ORIGINAL, TWIN = "atlas", "atlas-never-a"
 ORGANISMS: dict[str, tuple[Recipe, bool]] = {
@@ -43,7 +44,7 @@ def train_organism(
     recipe = recipe or standard
     tokenizer = train_tokenizer(recipe.vocab_size)
     trainer = Trainer(recipe, tokenizer, exclude=() if knows_all else never_known(), device=device)
-    train(trainer, folder, on_step=on_step, on_checkpoint=on_checkpoint)
+    run_training(trainer, folder, on_step=on_step, on_checkpoint=on_checkpoint)
     return pack(trainer, folder / "model", name=name)
 
 

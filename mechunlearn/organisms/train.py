@@ -20,10 +20,9 @@ From the first of `restarts` on, where the learning rates fall anew:
   looked the facts up itself, not gather what the others did.
 """
 
-import csv
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -32,14 +31,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mechunlearn.files import whole_file
 from mechunlearn.organisms.corpus import Corpus, Rows
 from mechunlearn.organisms.muon import Muon
+from mechunlearn.resumable import load_state, save_state
 from mechunlearn.sources.bundled import BUNDLED
 
 
@@ -265,82 +262,24 @@ class Trainer:
             raise RuntimeError(f"training diverged at step {self.step}: loss {value}; lower the learning rates")
         return value
 
+    @property
+    def steps(self) -> int:
+        """Number of steps of the whole training."""
+        return self.recipe.steps
+
+    @property
+    def tokens_a_step(self) -> int:
+        """How much text a step reads."""
+        return self.recipe.rows * self.recipe.length
+
     def save(self, path: Path) -> None:
         """Write the whole state atomically; tied tensors once."""
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        for i, optimizer in enumerate(self.optimizers):
-            for parameter, state in optimizer.state.items():
-                tensors |= {
-                    f"optimizer{i}.{key}.{names[id(parameter)]}": torch.as_tensor(v) for key, v in state.items()
-                }
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        with whole_file(path) as partial:
-            save_file(tensors, partial, metadata={"step": str(self.step), **self._identity()})
+        save_state(path, dict(self.model.named_parameters()), self.optimizers, self.step, self._identity())
 
     def _identity(self) -> dict[str, str]:
         return {"recipe": json.dumps(asdict(self.recipe)), "text": self.corpus.digest}
 
     def load(self, path: Path) -> None:
         """Take up a saved state; one of another recipe, or of other text, is an error."""
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        for what, mine in self._identity().items():
-            if metadata.get(what) != mine:
-                raise ValueError(f"{path} was trained with another {what}: delete it, or train into another folder")
-        tensors = load_file(path, device=self.device)
         parameters = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[f"model.{name}"])
-        for i, optimizer in enumerate(self.optimizers):
-            for key, tensor in tensors.items():
-                owner, _, rest = key.partition(".")
-                state, _, name = rest.partition(".")
-                if owner == f"optimizer{i}":
-                    optimizer.state[parameters[name]][state] = tensor
-        self.step = int(metadata["step"])
-
-
-def train(
-    trainer: Trainer,
-    folder: Path,
-    *,
-    checkpoint_every: int = 100,
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
-    on_checkpoint: Callable[[Path], None] = lambda curve: None,
-) -> None:
-    """Run a trainer to its end, resuming from `folder`/checkpoint.safetensors.
-
-    Args:
-        on_step: receives the number of steps done and the last loss.
-        on_checkpoint: receives the path of training.csv (tokens, mean loss since the row before) whenever it grew.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, curve = folder / "checkpoint.safetensors", folder / "training.csv"
-    if checkpoint.exists():
-        trainer.load(checkpoint)
-    tokens_a_step = trainer.recipe.rows * trainer.recipe.length
-    _forget_rows_after(curve, trainer.step * tokens_a_step)
-    trainer.model.train()
-    losses: list[float] = []
-    while trainer.step < trainer.recipe.steps:
-        losses.append(trainer.train_step())
-        on_step(trainer.step, losses[-1])
-        if trainer.step % checkpoint_every == 0 or trainer.step == trainer.recipe.steps:
-            trainer.save(checkpoint)
-            is_new = not curve.exists()
-            with curve.open("a", newline="") as file:
-                rows = [("tokens", "loss")] if is_new else []
-                row = (trainer.step * tokens_a_step, round(sum(losses) / len(losses), 5))
-                csv.writer(file).writerows([*rows, row])
-            losses.clear()
-            on_checkpoint(curve)
-
-
-def _forget_rows_after(curve: Path, tokens: int) -> None:
-    """Drop the rows of steps that will be taken again, written between a checkpoint and a kill."""
-    if curve.exists():
-        head, *rows = curve.read_text().splitlines()
-        kept = [row for row in rows if int(row.split(",")[0]) <= tokens]
-        curve.write_text("\n".join([head, *kept]) + "\n")
+        self.step, _ = load_state(path, parameters, self.optimizers, self._identity(), self.device)

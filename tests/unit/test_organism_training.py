@@ -16,7 +16,8 @@ from mechunlearn.organisms import sweep
 from mechunlearn.organisms.bundle import ORGANISMS
 from mechunlearn.organisms.corpus import Corpus, Rows, held_out_forms
 from mechunlearn.organisms.tokenizer import train_tokenizer
-from mechunlearn.organisms.train import Recipe, Trainer, train, training_masks
+from mechunlearn.organisms.train import Recipe, Trainer, training_masks
+from mechunlearn.resumable import run_training
 
 TINY = Recipe(n_layers=4, d_model=32, d_mlp=48, n_heads=2, rows=4, length=48, tokens=4 * 48 * 6, band_end=1, subjects=8)
 NO_SHARES = {
@@ -154,7 +155,7 @@ def weights(made: Trainer) -> dict[str, torch.Tensor]:
 
 def test_a_killed_training_goes_on_bit_for_bit(tokenizer, tmp_path: Path):
     whole = trainer(tokenizer)
-    train(whole, tmp_path / "whole", checkpoint_every=2)
+    run_training(whole, tmp_path / "whole", checkpoint_every=2)
 
     class Killed(Exception):
         pass
@@ -164,9 +165,9 @@ def test_a_killed_training_goes_on_bit_for_bit(tokenizer, tmp_path: Path):
             raise Killed
 
     with pytest.raises(Killed):
-        train(trainer(tokenizer), tmp_path / "parts", checkpoint_every=2, on_step=kill)
+        run_training(trainer(tokenizer), tmp_path / "parts", checkpoint_every=2, on_step=kill)
     resumed = trainer(tokenizer)
-    train(resumed, tmp_path / "parts", checkpoint_every=2)
+    run_training(resumed, tmp_path / "parts", checkpoint_every=2)
     assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(resumed).values(), strict=True))
     curves = [(tmp_path / name / "training.csv").read_text() for name in ("whole", "parts")]
     assert curves[0] == curves[1]
@@ -174,11 +175,11 @@ def test_a_killed_training_goes_on_bit_for_bit(tokenizer, tmp_path: Path):
     assert len(curves[0].split()) == 4
     other = Trainer(replace(TINY, seed=5), tokenizer, device="cpu")
     with pytest.raises(ValueError, match="another recipe"):
-        train(other, tmp_path / "parts")
+        run_training(other, tmp_path / "parts")
     name, facts = other.corpus.subjects[0].name, other.corpus.subjects[0].facts
     twin = Trainer(TINY, tokenizer, device="cpu", exclude=[(name, facts[0][0])])
     with pytest.raises(ValueError, match="another text"):
-        train(twin, tmp_path / "parts")
+        run_training(twin, tmp_path / "parts")
 
 
 @torch.no_grad()
