@@ -1,12 +1,12 @@
 """Forward passes that read or replace activations, and leave the model as it was.
 
 A *place* is what the residual stream is made of: ("mlp", 3) and ("attention", 3) are the writes of layer 3,
-("head", 3) all its heads' outputs before the output projection, ("neuron", 3) its MLP's neurons, ("block", 3) the
-stream after block 3 and ("stream", 0) the stream before the first block.
+("head", 3) all its heads' outputs before the output projection, ("neuron", 3) its MLP's neurons, ("mid", 3) the stream
+between the two, ("block", 3) the stream after block 3 and ("stream", 0) the stream before the first block.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from mechunlearn.models import (
     with_first_output,
 )
 
-PlaceKind = Literal["mlp", "attention", "head", "neuron", "block", "stream"]
+PlaceKind = Literal["mlp", "attention", "head", "neuron", "mid", "block", "stream"]
 Place = tuple[PlaceKind, int]
 Change = Callable[[Tensor], Tensor]
 
@@ -118,12 +118,15 @@ def hooked(
             handle = embedding(model).register_forward_hook(on_embedding)
             handles.callback(handle.remove)
         for place in dict.fromkeys((*record, *change)):
-            handles.callback(_attach(model, place, visit).remove)
+            for handle in _attach(model, place, visit):
+                handles.callback(handle.remove)
         yield seen
 
 
-def _attach(model: Model, place: Place, visit: Callable[[Place, Tensor], Tensor]) -> Any:
+def _attach(model: Model, place: Place, visit: Callable[[Place, Tensor], Tensor]) -> Sequence[Any]:
     kind, layer = place
+    if kind == "mid":
+        return _attach_between(model, layer, visit)
 
     def on_output(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         return with_first_output(output, visit(place, first_output(output)))
@@ -135,9 +138,37 @@ def _attach(model: Model, place: Place, visit: Callable[[Place, Tensor], Tensor]
 
     readers = {"head": head_input, "neuron": mlp_neurons, "stream": block}
     if kind in readers:
-        return readers[kind](model, layer).register_forward_pre_hook(on_input, with_kwargs=True)
+        return [readers[kind](model, layer).register_forward_pre_hook(on_input, with_kwargs=True)]
     modules = {"mlp": mlp_write, "attention": attention_write, "block": block}
-    return modules[kind](model, layer).register_forward_hook(on_output)
+    return [modules[kind](model, layer).register_forward_hook(on_output)]
+
+
+def _attach_between(model: Model, layer: int, visit: Callable[[Place, Tensor], Tensor]) -> Sequence[Any]:
+    """Visit the stream between attention and MLP; what comes back is all that the MLP and later blocks see of it.
+
+    The block keeps a reference of its own for the residual sum, so that sum is made again from what came back: nothing
+    of the old stream passes, not even by rounding.
+    """
+    if has_parallel_blocks(model):
+        raise NotSupported(f"{model.name}: its blocks are parallel, so there is no stream between attention and MLP")
+    now: dict[str, Tensor] = {}
+
+    def on_norm(_module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        now["stream"] = visit(("mid", layer), inputs[0])
+        return (now["stream"], *inputs[1:])
+
+    def on_write(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        now["write"] = first_output(output)
+
+    def on_block(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        return with_first_output(output, now.pop("stream") + now.pop("write"))
+
+    norm = block(model, layer).get_submodule(model.architecture.mlp_norm)
+    return [
+        norm.register_forward_pre_hook(on_norm),
+        mlp_write(model, layer).register_forward_hook(on_write),
+        block(model, layer).register_forward_hook(on_block, prepend=True),  # before hooks on the block's own output
+    ]
 
 
 @contextmanager
@@ -155,6 +186,26 @@ def _restore_forward(module: nn.Module, own: Any) -> None:
     module.__dict__.pop("forward", None)
     if own is not None:
         module.forward = own
+
+
+class _Read(Exception):
+    """Raised where a forward pass has come far enough."""
+
+
+@torch.no_grad()
+def read(
+    model: Model, ids: Int[Tensor, "batch pos"], place: Place, attention_mask: Int[Tensor, "batch pos"] | None = None
+) -> Float[Tensor, "batch pos d"]:
+    """One place's activations; what comes after it is not computed."""
+    found: list[Tensor] = []
+
+    def stop(value: Tensor) -> Tensor:
+        found.append(value)
+        raise _Read
+
+    with untouched(model), hooked(model, change={place: stop}), suppress(_Read):
+        model.hf.base_model(ids, attention_mask=attention_mask, use_cache=False)
+    return found[0]
 
 
 def stream_places(model: Model, *, mid: bool = False) -> tuple[Place, ...]:
