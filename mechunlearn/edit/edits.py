@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -61,6 +61,22 @@ class WeightEdit:
             if value.shape != (selected := (_count(self.mask, name),)):
                 raise ValueError(f"edit '{self.method}': {name} has {tuple(value.shape)} values, its mask {selected}")
 
+    @contextlib.contextmanager
+    def entered(self, model: Model) -> Iterator[None]:
+        """Inside, the model's masked entries have the new values; see `applied`."""
+        if (found := model.sha256) != self.base_sha256:
+            raise ValueError(
+                f"edit '{self.method}' was made for '{self.base_name}' ({self.base_sha256[:12]}), got '{model.name}' "
+                f"({found[:12]}); load that model, or make the edit anew"
+            )
+        parameters = dict(model.hf.named_parameters())
+        edited: dict[str, Tensor] = {}
+        for name, value in self.values.items():
+            base = parameters[name].detach()
+            edited[name] = base.masked_scatter(self.mask.full(name).to(base.device), value.to(base))
+        with substituted(model, edited):
+            yield
+
     def _repr_html_(self) -> str:
         loss = f"{self.history[0]:.3f} to {self.history[-1]:.3f} in {len(self.history)} steps" if self.history else ""
         lines = {
@@ -75,26 +91,30 @@ def _count(mask: ParameterMask, name: str) -> int:
     return int(mask.full(name).sum())
 
 
+class Edit(Protocol):
+    """What `applied` needs of an edit, be it of weights or of activations."""
+
+    @property
+    def method(self) -> str:
+        """Name of the function that made it."""
+        ...
+
+    def entered(self, model: Model) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model is the edited one."""
+        ...
+
+
 @contextlib.contextmanager
-def applied(model: Model, edit: WeightEdit) -> Iterator[None]:
+def applied(model: Model, edit: Edit) -> Iterator[None]:
     """Inside, the model is the edited one; afterwards, also on error, it is the old one bit for bit.
 
     Nests: an edit made on an edited model applies inside the `with` of the first, and they end in reverse order.
 
     Raises:
-        ValueError: the edit was made for another base model (by hash of all its parameters).
+        ValueError: an edit of weights that was made for another base model (by hash of all its parameters), or a guard
+            that does not fit the model.
     """
-    if (found := model.sha256) != edit.base_sha256:
-        raise ValueError(
-            f"edit '{edit.method}' was made for '{edit.base_name}' ({edit.base_sha256[:12]}), got '{model.name}' "
-            f"({found[:12]}); load that model, or make the edit anew"
-        )
-    parameters = dict(model.hf.named_parameters())
-    edited: dict[str, Tensor] = {}
-    for name, value in edit.values.items():
-        base = parameters[name].detach()
-        edited[name] = base.masked_scatter(edit.mask.full(name).to(base.device), value.to(base))
-    with substituted(model, edited):
+    with edit.entered(model):
         yield
 
 

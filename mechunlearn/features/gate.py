@@ -1,0 +1,134 @@
+"""Gates: is this text about what is to be forgotten? Decided token by token from what went before, and calibrated."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechunlearn.features.attached import Memory
+
+GateKind = Literal["share", "window", "cusum"]
+Scope = Literal["token", "sequence"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """Scores of every token of a text from which tokens hold a chosen feature; open where they exceed `threshold`.
+
+    - share: share of the content tokens so far that hold one (DSG's rho, over the tokens up to this one);
+    - window: share of the last `width` tokens that hold one;
+    - cusum: max(0, score before + log of how much likelier this token is in text to forget), Page 1954.
+
+    No score looks ahead, at padding or at other texts, so texts give the same one alone, in a batch, and one token at
+    a time.
+    """
+
+    kind: GateKind = "share"
+    threshold: float = 0.0
+    scope: Scope = "token"
+    """token: each token is decided by the score up to it. sequence: all tokens by the score at the end of what the
+    first forward pass holds (DSG's own way on whole texts); tokens generated after a prompt are as the prompt was."""
+    width: int = 8
+    """Of the window, in tokens."""
+    rates: tuple[float, float] = (0.5, 0.05)
+    """Of cusum: share of content tokens with a chosen feature in text to forget, and in text to retain."""
+    target_rate: float | None = None
+    """The share of texts to retain on which it was calibrated to open."""
+    achieved_rate: float | None = None
+    """The share of other texts to retain on which it did open; None where it was not measured."""
+    n_calibrated: int = 0
+
+    def __post_init__(self) -> None:
+        on, off = self.rates
+        if not 0 < off < on < 1:
+            raise ValueError(f"gate: got rates {self.rates}, allowed: 1 > rate to forget > rate to retain > 0")
+        if self.width < 1:
+            raise ValueError(f"gate: got a width of {self.width}, allowed: 1 or more tokens")
+
+    def scores(
+        self, on: Bool[Tensor, "batch pos"], content: Bool[Tensor, "batch pos"], memory: Memory
+    ) -> Float[Tensor, "batch pos"]:
+        """The score at every token; goes on from `memory` and leaves there what the next tokens need."""
+        on = on & content
+        if self.kind == "share":
+            counts = torch.stack([on, content], dim=-1).double().cumsum(1) + memory.get("counts", 0.0)
+            memory["counts"] = counts[:, -1:]
+            return counts[..., 0] / counts[..., 1].clamp(min=1)
+        if self.kind == "window":
+            past = memory.get("past", on.new_zeros(len(on), self.width - 1))
+            flags = torch.cat([past, on], dim=1)
+            memory["past"] = flags[:, flags.shape[1] - (self.width - 1) :]
+            return flags.double().unfold(1, self.width, 1).mean(-1)
+        p, q = self.rates
+        gain = torch.where(on, math.log(p / q), math.log((1 - p) / (1 - q))).double() * content
+        walk = gain.cumsum(1) + memory.get("walk", torch.zeros_like(gain[:, :1]))
+        lowest = memory.get("lowest", torch.zeros_like(gain[:, :1]))
+        lowest = torch.cat([lowest, walk], dim=1).cummin(1).values[:, 1:]
+        memory["walk"], memory["lowest"] = walk[:, -1:], lowest[:, -1:]
+        return walk - lowest
+
+    def is_open(
+        self, on: Bool[Tensor, "batch pos"], content: Bool[Tensor, "batch pos"], memory: Memory
+    ) -> Bool[Tensor, "batch pos"]:
+        """Whether the gate is open at every token; `memory` as in `scores`."""
+        if self.scope == "sequence":
+            if "open" not in memory:
+                memory["open"] = _at_end(self.scores(on, content, {}), content) > self.threshold
+            return memory["open"].expand(on.shape)
+        return self.scores(on, content, memory) > self.threshold
+
+    def peaks(self, flags: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray:
+        """Of each text, (on, content) a token, the highest score that could open the gate.
+
+        That of any token, or with the scope "sequence" the last one.
+        """
+        found: list[float] = []
+        for on, content in flags:
+            scores = self.scores(on[None], content[None], {})
+            found.append(float(_at_end(scores, content[None]) if self.scope == "sequence" else scores.max()))
+        return np.array(found)
+
+
+def _at_end(scores: Tensor, content: Tensor) -> Float[Tensor, "batch 1"]:
+    """The score at the last content token of each text, whatever padding follows."""
+    last = content.long() * torch.arange(1, content.shape[1] + 1, device=content.device)
+    return scores.gather(1, last.argmax(1, keepdim=True))
+
+
+def calibrated(
+    gate: Gate,
+    retain: Sequence[tuple[Tensor, Tensor]],
+    *,
+    rate: float = 0.05,
+    method: Literal["quantile", "conformal"] = "conformal",
+    held_out: Sequence[tuple[Tensor, Tensor]] = (),
+) -> Gate:
+    """The gate with the threshold at which it opens on at most `rate` of the texts to retain.
+
+    quantile: that of their peaks, as DSG does. conformal: their ceil((n + 1)(1 - rate))-th smallest peak, with which a
+    new text of the same kind opens it with a probability of at most `rate`, whatever the distribution.
+
+    Args:
+        retain: (tokens that hold a chosen feature, content tokens) of each text.
+        held_out: other such texts, on which the achieved rate is measured.
+
+    Raises:
+        ValueError: no texts, a rate outside (0, 1), or too few texts for the rate.
+
+    Source: Vovk et al. 2005 (split-conformal); Muhamed et al. 2025, arXiv:2504.08192 (quantile).
+    """
+    peaks = np.sort(gate.peaks(retain))
+    if not 0 < rate < 1 or not len(peaks):
+        raise ValueError(f"gate: got a rate of {rate} and {len(peaks)} texts, allowed: a rate in (0, 1), some texts")
+    rank = math.ceil((len(peaks) + 1) * (1 - rate))
+    if method == "conformal" and rank > len(peaks):
+        raise ValueError(f"gate: {len(peaks)} texts cannot vouch for a rate of {rate}; give {math.ceil(1 / rate)}")
+    threshold = float(peaks[rank - 1]) if method == "conformal" else float(np.quantile(peaks, 1 - rate))
+    found = replace(gate, threshold=threshold, target_rate=rate, n_calibrated=len(peaks))
+    opened = float((found.peaks(held_out) > threshold).mean()) if held_out else None
+    return replace(found, achieved_rate=opened)

@@ -1,0 +1,331 @@
+"""Guards: gates that see no future, clamps that change nothing else, and the same text with and without a cache."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mechunlearn import applied
+from mechunlearn.activations import hooked, read
+from mechunlearn.features.attached import attached
+from mechunlearn.features.clamp import Clamp
+from mechunlearn.features.dictionary import Dictionary, Kind
+from mechunlearn.features.gate import Gate, calibrated
+from mechunlearn.features.guard import Guard, attach, load_guard, narrowed, save_guard, without_clamp
+from mechunlearn.features.hook_points import KINDS, place_of_hook, width_at
+from mechunlearn.models import Model, NotSupported
+
+HOOK = "blocks.1.hook_resid_post"
+FAMILIES = ("gpt2", "gpt_neo", "gpt_neox", "llama", "gemma2", "qwen3")
+GATES = [Gate(kind=kind, threshold=t) for kind, t in (("share", 0.3), ("window", 0.3), ("cusum", 1.0))]
+MADE_ON = {"base_name": "tiny", "base_sha256": "0", "method": "by hand"}
+
+
+def a_dictionary(width: int = 32, kind: Kind = "relu", hook_point: str = HOOK, d_sae: int = 24) -> Dictionary:
+    """Random directions; biases such that a feature is on at about one token in ten."""
+    g = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(d_sae, width, generator=g), dim=-1)
+    weights = {"W_enc": directions.T.clone(), "W_dec": directions, "b_dec": torch.zeros(width)}
+    weights |= {"b_enc": torch.full((d_sae,), -1.2)}
+    if kind == "jumprelu":
+        weights |= {"b_enc": torch.zeros(d_sae), "threshold": torch.full((d_sae,), 1.2)}
+    return Dictionary(
+        kind=kind, weights=weights, hook_point=hook_point, is_folded=True, k=4 if kind == "topk" else None
+    )
+
+
+def a_guard(dictionary: Dictionary | None = None, features: tuple[int, ...] = (1, 4, 7, 9), **changed) -> Guard:
+    whole = dictionary or a_dictionary()
+    clamp = Clamp(strength=3.0, units="features")
+    made = Guard(dictionary=narrowed(whole, features), features=features, gate=GATES[0], clamp=clamp, **MADE_ON)
+    return replace(made, **changed)
+
+
+def some_ids(model: Model, rows: int = 3, length: int = 14, seed: int = 0) -> torch.Tensor:
+    ids = torch.randint(2, model.hf.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+    ids[:, 0] = 0  # BOS
+    return ids
+
+
+def logits_of(model: Model, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.hf(ids, use_cache=False).logits
+
+
+def stepwise(model: Model, ids: torch.Tensor) -> torch.Tensor:
+    """The same logits, one token at a time with a cache of keys and values."""
+    cache, found = None, []
+    with torch.no_grad():
+        for position in range(ids.shape[1]):
+            out = model.hf(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            found.append(out.logits)
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("gate", [*GATES, None], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_is_guarded_alike_with_and_without_a_cache(tiny_model: Callable[..., Model], family: str, gate):
+    model = tiny_model(family)
+    ids, guard = some_ids(model), a_guard(gate=gate)
+    plain = logits_of(model, ids)
+    with applied(model, guard):
+        guarded, cached = logits_of(model, ids), stepwise(model, ids)
+        alone = logits_of(model, ids[1:2])
+        split = model.hf(ids[:, :6], use_cache=True)
+        rest = model.hf(ids[:, 6:], past_key_values=split.past_key_values, use_cache=True).logits
+    torch.testing.assert_close(guarded, cached, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(guarded[:, 6:], rest, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(guarded[1:2], alone, atol=2e-4, rtol=1e-3)
+    changed = (guarded - plain).abs().amax((1, 2)) > 0.05
+    assert changed.any(), "the gate must fire on some text"
+    assert torch.equal(logits_of(model, ids), plain)
+
+
+@pytest.mark.parametrize("gate", GATES, ids=str)
+def test_generations_agree_with_and_without_a_cache_and_in_a_padded_batch(tiny_model, gate):
+    model, guard = tiny_model(), a_guard(gate=gate)
+    model.tokenizer.padding_side = "left"
+    prompts = ["The favourite colour of Bram", "Cora Lindqvist lives in the city of", "What colour?"]
+    options = {"max_new_tokens": 12, "do_sample": False}
+    batch = model.tokenizer(prompts, return_tensors="pt", padding=True)
+    plain = model.hf.generate(**batch, **options)
+    with applied(model, guard):
+        together = [model.hf.generate(**batch, use_cache=cache, **options) for cache in (True, False)]
+        for row, prompt in enumerate(prompts):
+            one = model.tokenizer(prompt, return_tensors="pt")
+            alone = model.hf.generate(**one, **options)[0]
+            n = len(one["input_ids"][0])
+            assert torch.equal(alone[n:], together[0][row, batch["input_ids"].shape[1] :])
+    assert torch.equal(*together)
+    assert not torch.equal(together[0], plain)
+    model.tokenizer.padding_side = "right"
+
+
+def test_the_decision_on_a_prompt_lasts_through_its_generation(tiny_model):
+    model = tiny_model()
+    ids = some_ids(model, rows=6)
+    for threshold in (0.05, 0.2):
+        gate = Gate(kind="share", threshold=threshold, scope="sequence")
+        with applied(model, a_guard(gate=gate)):
+            out = model.hf(ids, use_cache=True)
+            following = model.hf(ids[:, 5:9], past_key_values=out.past_key_values, use_cache=True).logits
+            again = logits_of(model, torch.cat([ids, ids[:, 5:9]], dim=1))[:, ids.shape[1] :]
+        whole = torch.cat([ids, ids[:, 5:9]], dim=1)
+        on, content = flags(model, whole)
+        decided = [gate.is_open(on[:, :n], content[:, :n], {})[:, 0] for n in (ids.shape[1], whole.shape[1])]
+        same = decided[0] == decided[1]  # where the longer text is decided alike
+        assert same.any()
+        torch.testing.assert_close(following[same], again[same], atol=2e-4, rtol=1e-3)
+
+
+def flags(model: Model, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    features = a_dictionary().only((1, 4, 7, 9)).encode(read(model, ids, ("block", 1)))
+    content = ids > 1
+    return (features > 0).any(-1) & content, content
+
+
+def test_conversations_may_take_turns_and_beams_be_reordered(tiny_model):
+    model = tiny_model()
+    ids = some_ids(model, rows=2)
+    with applied(model, a_guard()), torch.no_grad():
+        whole = logits_of(model, ids)
+        first = [model.hf(ids[i : i + 1, :7], use_cache=True).past_key_values for i in (0, 1)]
+        for i in (0, 1):
+            out = model.hf(ids[i : i + 1, 7:], past_key_values=first[i], use_cache=True).logits
+            torch.testing.assert_close(out[0], whole[i, 7:], atol=2e-4, rtol=1e-3)
+        cache = model.hf(ids[:, :7], use_cache=True).past_key_values
+        cache.reorder_cache(torch.tensor([1, 0]))
+        swapped = model.hf(ids[[1, 0], 7:], past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(swapped, whole[[1, 0], 7:], atol=2e-4, rtol=1e-3)
+
+
+def test_a_cache_that_was_begun_outside_is_an_error(tiny_model):
+    model = tiny_model()
+    ids = some_ids(model)
+    cache = model.hf(ids, use_cache=True).past_key_values
+    with applied(model, a_guard()), pytest.raises(ValueError, match="begun without"):
+        model.hf(ids[:, :1], past_key_values=cache)
+    with applied(model, a_guard()), pytest.raises(ValueError, match="needs input_ids"):
+        model.hf(inputs_embeds=torch.zeros(1, 2, 32))
+    logits_of(model, ids)  # nothing stays attached after an error
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "topk"])
+def test_a_clamp_to_the_value_that_is_there_changes_nothing_and_another_does(tiny_model, kind):
+    model, whole = tiny_model(), a_dictionary(kind=kind)
+    ids = some_ids(model)
+    plain = logits_of(model, ids)
+    quiet = a_guard(whole, gate=replace(GATES[0], threshold=1.0))  # no share exceeds 1
+    for unchanged in (quiet, without_clamp(a_guard(whole, gate=None))):
+        with applied(model, unchanged):
+            assert torch.equal(logits_of(model, ids), plain)
+    with applied(model, a_guard(whole, gate=None)):
+        assert not torch.allclose(logits_of(model, ids), plain, atol=0.05)
+
+
+def test_what_the_dictionary_does_not_explain_stays(tiny_model):
+    model, whole = tiny_model(), a_dictionary()
+    ids, guard = some_ids(model), a_guard(gate=None, clamp=Clamp(mode="only_fired", strength=2.0, units="features"))
+    before = read(model, ids, ("block", 1))
+    with applied(model, guard), hooked(model, record=[("block", 1)]) as seen:
+        logits_of(model, ids)
+    chosen = list(guard.features)
+    features = whole.encode(before)[..., chosen]
+    clamped = torch.where((features > 0) & (ids > 1)[..., None], torch.tensor(-2.0), features)
+    expected = before + (clamped - features) @ whole.weights["W_dec"][chosen]
+    torch.testing.assert_close(seen["block", 1], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_clamps_do_what_they_are_called():
+    features = torch.tensor([[0.0, 2.0], [3.0, 0.0], [1.0, 1.0]])
+    hot = torch.tensor([True, True, False])
+    made = {mode: Clamp(mode=mode, strength=5.0, units="features", means=(0.1, 0.2))(features, hot)
+            for mode in ("all_on_hot", "only_fired", "zero", "mean")}  # fmt: skip
+    assert made["all_on_hot"].tolist() == [[-5, -5], [-5, -5], [1, 1]]
+    assert made["only_fired"].tolist() == [[0, -5], [-5, 0], [1, 1]]
+    assert made["zero"].tolist() == [[0, 0], [0, 0], [1, 1]]
+    assert torch.allclose(made["mean"], torch.tensor([[0, 0.2], [0.1, 0], [1, 1]]))
+    assert Clamp(strength=0.5, units="residual", residual_norm=8.0).value == -4
+
+
+@pytest.mark.parametrize("scope", ["token", "sequence"])
+@pytest.mark.parametrize("gate", GATES, ids=str)
+def test_scores_see_neither_the_future_nor_padding_nor_other_texts(gate, scope):
+    g = torch.Generator().manual_seed(1)
+    on, content = (torch.rand(5, 30, generator=g) < p for p in (0.4, 0.9))
+    whole = gate.scores(on, content, {})
+    memory: dict[str, torch.Tensor] = {}
+    parts = [gate.scores(on[:, a:b], content[:, a:b], memory) for a, b in ((0, 1), (1, 9), (9, 10), (10, 30))]
+    assert torch.allclose(torch.cat(parts, dim=1), whole)
+    assert torch.allclose(gate.scores(on[2:3, :17], content[2:3, :17], {}), whole[2:3, :17])
+    pad = torch.zeros(5, 6, dtype=torch.bool)
+    right = gate.scores(*(torch.cat([flags, pad], dim=1) for flags in (on, content)), {})
+    left = gate.scores(*(torch.cat([pad, flags], dim=1) for flags in (on, content)), {})
+    assert torch.allclose(right[:, :30], whole)
+    assert torch.allclose(left[:, 6:], whole)
+    given = replace(gate, scope=scope)
+    peaks = given.peaks([(on[0], content[0])])
+    padded = given.peaks([(torch.cat([on[0], pad[0]]), torch.cat([content[0], pad[0]]))])
+    assert peaks == padded
+
+
+def test_scores_by_hand():
+    on = torch.tensor([[False, True, True, False]])
+    content = torch.tensor([[False, True, True, True]])
+    assert Gate(kind="share").scores(on, content, {}).tolist() == [[0, 1, 1, 2 / 3]]
+    assert Gate(kind="window", width=2).scores(on, content, {}).tolist() == [[0, 0.5, 1, 0.5]]
+    gate = Gate(kind="cusum", rates=(0.8, 0.2))
+    gain, loss = np.log(4), np.log(0.25)
+    assert gate.scores(on, content, {})[0].numpy() == pytest.approx([0, gain, 2 * gain, 2 * gain + loss])
+    assert gate.scores(~on, content, {})[0].numpy() == pytest.approx([0, 0, 0, gain])
+
+
+@pytest.mark.parametrize("method", ["quantile", "conformal"])
+def test_a_calibrated_gate_opens_on_new_texts_as_often_as_it_says(method):
+    """Mean over draws of the rate on new texts; conformal promises at most the target for every distribution."""
+    rng, rates = np.random.default_rng(0), []
+    for _ in range(60):
+        texts = [torch.from_numpy(rng.random(12) < rng.beta(1, 8)) for _ in range(300)]
+        given = [(on, torch.ones(12, dtype=torch.bool)) for on in texts]
+        gate = calibrated(
+            Gate(kind="share", scope="sequence"), given[:99], rate=0.1, method=method, held_out=given[99:]
+        )
+        assert gate.n_calibrated == 99
+        rates.append(gate.achieved_rate)
+    assert np.mean(rates) < 0.1 + (0.02 if method == "quantile" else 0.005)
+    assert np.mean(rates) > 0.04
+
+
+def test_bad_gates_are_one_clear_line():
+    few = [(torch.ones(3, dtype=torch.bool),) * 2] * 5
+    with pytest.raises(ValueError, match=r"cannot vouch for a rate of 0\.05; give 20"):
+        calibrated(Gate(), few, rate=0.05)
+    with pytest.raises(ValueError, match="0 texts"):
+        calibrated(Gate(), [], rate=0.05)
+    with pytest.raises(ValueError, match="got rates"):
+        Gate(rates=(0.1, 0.2))
+    with pytest.raises(ValueError, match="got no features"):
+        a_guard(features=())
+
+
+@pytest.mark.parametrize("gate", [*GATES, None], ids=str)
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_a_guard_comes_back_from_disk_as_it_was(tiny_model, tmp_path: Path, gate, kind):
+    model = tiny_model()
+    guard = a_guard(a_dictionary(kind=kind), gate=gate, notes={"a": 1.5}, options={"n": 4})
+    save_guard(guard, tmp_path / "guard.safetensors")
+    again = load_guard(tmp_path / "guard.safetensors")
+    unlike = ("dictionary",)
+    assert {k: v for k, v in vars(again).items() if k not in unlike} == {
+        k: v for k, v in vars(guard).items() if k not in unlike
+    }
+    ids = some_ids(model)
+    with applied(model, guard):
+        expected = logits_of(model, ids)
+    with applied(model, again):
+        assert torch.equal(logits_of(model, ids), expected)
+
+
+def test_bad_files_and_models_that_do_not_fit_are_refused(tiny_model, tmp_path: Path):
+    (tmp_path / "bad").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="is not a saved guard"):
+        load_guard(tmp_path / "bad")
+    with pytest.raises(FileNotFoundError, match="no guard file"):
+        load_guard(tmp_path / "none")
+    with pytest.raises(ValueError, match="made for a width of 16"), applied(tiny_model(), a_guard(a_dictionary(16))):
+        pass
+    with (
+        pytest.raises(ValueError, match="layers 0 to 2"),
+        applied(tiny_model(), a_guard(a_dictionary(hook_point="blocks.7.hook_resid_post"))),
+    ):
+        pass
+
+
+def test_a_guard_works_on_a_plain_transformers_model(tiny_model):
+    model, ids = tiny_model(), some_ids(tiny_model())
+    with applied(model, a_guard()):
+        expected = logits_of(model, ids)
+    plain = logits_of(model, ids)
+    detach = attach(a_guard(), model.hf, model.tokenizer)
+    assert torch.equal(logits_of(model, ids), expected)
+    detach()
+    assert torch.equal(logits_of(model, ids), plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_hook_point_is_what_transformer_lens_calls_so(tiny_model, family, kind):
+    model = tiny_model(family)
+    name = f"blocks.1.{kind}"
+    if family == "gpt_neox" and kind == "hook_resid_mid":
+        with pytest.raises(NotSupported, match="parallel"):
+            place_of_hook(model, name)
+        return
+    ids = some_ids(model)
+    found = read(model, ids, place_of_hook(model, name))
+    _, cache = model.bridge.run_with_cache(ids, names_filter=name)
+    theirs = cache[name].flatten(2) if cache[name].ndim == 4 else cache[name]
+    torch.testing.assert_close(found, theirs, atol=1e-4, rtol=1e-4)
+    assert found.shape[-1] == width_at(model, place_of_hook(model, name))
+
+
+@pytest.mark.parametrize("name", ["blocks.1.hook_resid_pots", "block1", "blocks.9.hook_mlp_out"])
+def test_unknown_hook_points_are_errors(tiny_model, name):
+    with pytest.raises(ValueError, match="hook point: got") as refused:
+        place_of_hook(tiny_model(), name)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_replaced_middle_stream_is_all_that_later_layers_see(tiny_model):
+    model = tiny_model()
+    a, b = some_ids(model, seed=1), some_ids(model, seed=2)
+    seen_alike = torch.randn(1, 1, 32)
+    with hooked(model, change={("mid", 1): lambda x: seen_alike.expand_as(x)}):
+        assert torch.equal(logits_of(model, a), logits_of(model, b))
+    with attached(model, ("mid", 1), lambda x, seen: x):
+        same = logits_of(model, a)
+    assert torch.equal(same, logits_of(model, a))
