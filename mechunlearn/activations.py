@@ -126,7 +126,7 @@ def hooked(
 def _attach(model: Model, place: Place, visit: Callable[[Place, Tensor], Tensor]) -> Sequence[Any]:
     kind, layer = place
     if kind == "mid":
-        return _attach_between(model, layer, visit)
+        return attach_between(model, layer, visit)
 
     def on_output(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         return with_first_output(output, visit(place, first_output(output)))
@@ -143,7 +143,7 @@ def _attach(model: Model, place: Place, visit: Callable[[Place, Tensor], Tensor]
     return [modules[kind](model, layer).register_forward_hook(on_output)]
 
 
-def _attach_between(model: Model, layer: int, visit: Callable[[Place, Tensor], Tensor]) -> Sequence[Any]:
+def attach_between(model: Model, layer: int, visit: Callable[[Place, Tensor], Tensor]) -> Sequence[Any]:
     """Visit the stream between attention and MLP; what comes back is all that the MLP and later blocks see of it.
 
     The block keeps a reference of its own for the residual sum, so that sum is made again from what came back: nothing

@@ -22,7 +22,7 @@ def build_bridge(model: Model) -> "TransformerBridge":
     a Parameter, and TransformerLens draws weights for fused projections that it then replaces.
 
     Raises:
-        NotSupported: TransformerLens left a tensor of the shell empty.
+        NotSupported: TransformerLens left a tensor of the shell empty, or the model has a codebook.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.hf.parameters()]
     try:
@@ -41,6 +41,8 @@ def _build(model: Model) -> "TransformerBridge":
     from transformers.initialization import no_init_weights
 
     hf = model.hf
+    if "codebook" in hf._modules:
+        raise NotSupported(f"no TransformerLens bridge for {model.name}: it would show the model without its codebook")
     config = copy.deepcopy(hf.config)
     config._attn_implementation = "eager"  # TransformerLens switches to it anyway where it needs attention patterns
     with torch.device("meta"), no_init_weights():

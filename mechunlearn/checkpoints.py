@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from mechunlearn.architectures import ARCHITECTURES, NotSupported, architecture_of
+from mechunlearn.codebook_model import codebook_in, insert_codebook, load_codebook, save_codebook, without_codebook
 from mechunlearn.models import Model, wrap_model
 from mechunlearn.registry import did_you_mean
 
@@ -44,7 +45,8 @@ def load_model(
 ) -> Model:
     """Load a bundled organism by name, a Hugging Face folder, or a model of the hub by its id.
 
-    Only safetensors weights are read and no code from a checkpoint is ever run.
+    A folder that `save_model` wrote of a model with a codebook brings it back with the codebook in it. Only safetensors
+    weights are read and no code from a checkpoint is ever run.
 
     Args:
         device: "auto" is CUDA if there is one, else CPU.
@@ -70,12 +72,15 @@ def load_model(
     else:
         wanted = getattr(torch, dtype)
     hf = _load_weights(where, config, wanted, revision).to(chosen)  # pyright: ignore[reportArgumentType]
-    return Model(
+    model = Model(
         hf=hf.eval(),
         tokenizer=_load_tokenizer(where, revision),
         name=str(name_or_path),
         revision=getattr(config, "_commit_hash", None) or revision,
     )
+    if (found := load_codebook(Path(where))) is not None:
+        insert_codebook(model, *found)
+    return model
 
 
 def model_without_weights(config: str | Path, *, dtype: DType = "auto") -> Model:
@@ -127,6 +132,9 @@ def choose_device(name: str) -> torch.device:
 def save_model(model: Model, folder: str | Path) -> None:
     """Write a plain Hugging Face checkpoint, all or nothing; it loads without this package.
 
+    Of a model with a codebook the checkpoint is the model around it, which is another one without: transformers would
+    load that alone, `load_model` puts in the codebook that lies beside.
+
     Raises:
         ValueError: the folder exists and is not empty.
     """
@@ -137,7 +145,9 @@ def save_model(model: Model, folder: str | Path) -> None:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         with _no_progress_bars():
-            model.hf.save_pretrained(temporary)
+            model.hf.save_pretrained(temporary, state_dict=without_codebook(model.hf.state_dict()))
+        if (codebook := codebook_in(model.hf)) is not None:
+            save_codebook(codebook, temporary)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(temporary)
         temporary.chmod(0o755)  # mkdtemp's own mode would hide the checkpoint from everyone else

@@ -18,7 +18,7 @@ from mechunlearn.features.dictionary import fold_decoder_norm
 from mechunlearn.features.gate import Gate, GateKind, Scope, calibrated
 from mechunlearn.features.guard import Guard, narrowed
 from mechunlearn.features.hook_points import place_of_hook
-from mechunlearn.features.selection import random_features, select_features
+from mechunlearn.features.selection import matched_at_random, select_features
 from mechunlearn.features.statistics import batches_of_texts, feature_statistics
 from mechunlearn.features.texts import retained_texts, statements
 from mechunlearn.models import Model
@@ -84,7 +84,7 @@ def dynamic_guardrail(
     of_retain = feature_statistics(model, found, retain[:half])
     chosen = select_features(of_forget, of_retain, rule, n=n_features, **options["rule_options"])
     if at_random:
-        chosen = random_features(chosen, of_retain, seed=seed)
+        chosen = matched_at_random(chosen, of_retain.fire_rate.numpy(), seed=seed)
     kept = narrowed(found, chosen)
     guard = Guard(
         dictionary=kept, features=chosen, gate=None,

@@ -107,19 +107,19 @@ def _chi_squared_p(a: np.ndarray, n_a: int, b: np.ndarray, n_b: int) -> np.ndarr
     return stats.chi2.sf(statistic, df=1)
 
 
-def random_features(
-    chosen: Sequence[int], retain: FeatureStatistics, *, seed: int, nearest: int = 20
+def matched_at_random(
+    chosen: Sequence[int], rate: Float[np.ndarray, " feature"], *, seed: int, nearest: int = 20
 ) -> tuple[int, ...]:
-    """As many other features, each drawn among the `nearest` in how often they are on in text to retain.
+    """As many others, each drawn among the `nearest` in how often they are on.
 
-    A control: what a guard on features of the same density does that have nothing to do with what is to be forgotten.
+    A control: what is done to features (or codes) that are on as often and have nothing to do with what is forgotten.
 
     Raises:
-        ValueError: fewer other features than chosen ones.
+        ValueError: fewer others than chosen ones.
     """
-    if 2 * len(chosen) > len(retain.n_on):
-        raise ValueError(f"features: got {len(chosen)} of {len(retain.n_on)} features, too many to draw others beside")
-    rng, rate = np.random.default_rng(seed), retain.fire_rate.numpy()
+    if 2 * len(chosen) > len(rate):
+        raise ValueError(f"features: got {len(chosen)} of {len(rate)} features, too many to draw others beside")
+    rng = np.random.default_rng(seed)
     free = np.setdiff1d(np.arange(len(rate)), np.asarray(chosen))
     drawn: list[int] = []
     for feature in chosen:

@@ -15,7 +15,7 @@ from mechunlearn.features.dictionary import Dictionary
 from mechunlearn.features.formats import save_dictionary
 from mechunlearn.features.objectives import OBJECTIVES
 from mechunlearn.features.quality import dictionary_quality
-from mechunlearn.features.selection import FEATURE_RULES, random_features, select_features
+from mechunlearn.features.selection import FEATURE_RULES, matched_at_random, select_features
 from mechunlearn.features.statistics import FeatureStatistics, feature_statistics
 from mechunlearn.features.texts import retained_texts, statements
 from mechunlearn.features.token_rows import TokenRows, is_content, rows_of_texts
@@ -211,16 +211,15 @@ def test_rules_admit_only_what_is_on_in_text_to_forget(rule):
 
 
 def test_random_features_are_others_that_are_on_as_often():
-    rates = list(range(0, 500, 5))
-    retain = made_statistics(rates, [1.0] * 100)
+    rates = np.arange(0, 500, 5.0)
     chosen = (10, 50, 90)
-    drawn = random_features(chosen, retain, seed=0, nearest=6)
-    assert len(drawn) == 3
+    drawn = matched_at_random(chosen, rates, seed=0, nearest=6)
+    assert len(set(drawn)) == 3
     assert not set(drawn) & set(chosen)
     assert all(abs(rates[a] - rates[b]) <= 20 for a, b in zip(chosen, drawn, strict=True))
-    assert drawn == random_features(chosen, retain, seed=0, nearest=6)
+    assert drawn == matched_at_random(chosen, rates, seed=0, nearest=6)
     with pytest.raises(ValueError, match="too many"):
-        random_features(tuple(range(60)), retain, seed=0)
+        matched_at_random(tuple(range(60)), rates, seed=0)
 
 
 def test_statements_hold_every_form_and_the_answer(tiny_facts):

@@ -1,0 +1,270 @@
+"""Codebooks: nothing leaks past, deletion falls through, training resumes, topics are found; also in a T5."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from mechunlearn import load_model, save_model
+from mechunlearn.activations import read
+from mechunlearn.codebook import Codebook, CodebookShape
+from mechunlearn.codebook_model import codebook_of, insert_codebook, insert_in_encoder
+from mechunlearn.features.codebook_training import CodebookRecipe, CodebookTrainer
+from mechunlearn.features.texts import statements
+from mechunlearn.features.token_rows import rows_of_texts
+from mechunlearn.features.topics import codes_in, enriched_codes, substituted
+from mechunlearn.models import Model, NotSupported
+from mechunlearn.resumable import run_training
+
+FAMILIES = ("gpt2", "gpt_neo", "gpt_neox", "llama", "gemma2", "qwen3")
+RECIPE = CodebookRecipe(layer=1, n_codes=48, k=3, d_code=24, steps=8, reseed_after=2000)
+
+
+def with_codebook(model: Model, layer: int = 1, **changed) -> Model:
+    shape = CodebookShape(d_model=model.d_model, **{"n_codes": 40, "k": 3, "d_code": 16, **changed})
+    insert_codebook(model, Codebook(shape), layer)
+    return model
+
+
+def some_ids(rows: int = 3, seed: int = 0) -> torch.Tensor:
+    return torch.randint(2, 110, (rows, 11), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits_of(hf, ids: torch.Tensor) -> torch.Tensor:
+    return hf(ids, use_cache=False).logits
+
+
+def test_the_bottleneck_by_hand():
+    made = Codebook(CodebookShape(d_model=2, n_codes=3, k=2, d_code=2))
+    with torch.no_grad():
+        made.codes.copy_(torch.tensor([[2.0, 0], [0, 1], [1, 1]]))
+        made.encoder.weight.copy_(torch.eye(2))
+        made.encoder.bias.zero_()
+        made.decoder.weight.copy_(10 * torch.eye(2))
+        made.decoder.bias.fill_(0.5)
+    x = torch.tensor([[[3.0, 1.0]]])  # cosines .95, .32, .89
+    assert made(x)[0, 0].tolist() == pytest.approx([15.5, 5.5])  # mean of codes 0 and 2
+    assert made.passed.codes.tolist() == [[[0, 2]]]
+    made.deleted[0] = True
+    assert made(x)[0, 0].tolist() == pytest.approx([5.5, 10.5])  # code 1 steps in
+    assert made.closest(made.passed.z, 2).tolist() == [[[2, 1]]]
+    plain = Codebook(CodebookShape(d_model=2, n_codes=3, k=1, d_code=2, form="plain"))
+    assert torch.equal(plain(x)[0, 0], plain.codes[plain.passed.codes[0, 0, 0]])
+
+
+@pytest.mark.parametrize("form", ["encoded", "plain"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_leaks_past(tiny_model, family, form):
+    """With one code for everything, every text is the same to what follows, to the last bit."""
+    model = tiny_model(family)
+    width = model.d_model if form == "plain" else 16
+    with_codebook(model, form=form, d_code=width, k=1)
+    codebook_of(model).deleted[1:] = True
+    alike = [read(model, some_ids(seed=seed), ("block", 1)) for seed in (0, 1)]
+    assert torch.equal(*alike)
+    codebook_of(model).deleted[1:] = False
+    assert not torch.equal(*(read(model, some_ids(seed=seed), ("block", 1)) for seed in (0, 1)))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_a_codebook_model_comes_back_from_disk_with_its_deletions(tiny_model, family, tmp_path: Path):
+    model = with_codebook(tiny_model(family))
+    codebook_of(model).deleted[[2, 5]] = True
+    save_model(model, tmp_path / "saved")
+    again = load_model(tmp_path / "saved")
+    assert codebook_of(again).deleted.nonzero()[:, 0].tolist() == [2, 5]
+    assert codebook_of(again).layer == 1
+    assert torch.equal(logits_of(again.hf, some_ids()), logits_of(model.hf, some_ids()))
+    assert again.sha256 == model.sha256
+    around = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")  # without this package: without it
+    assert torch.equal(logits_of(around, some_ids()), logits_of(tiny_model(family).hf, some_ids()))
+    (tmp_path / "saved" / "codebook.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match="cannot read its codebook"):
+        load_model(tmp_path / "saved")
+
+
+def test_generation_with_a_cache_is_as_without(tiny_model):
+    model = with_codebook(tiny_model())
+    options = {"max_new_tokens": 10, "do_sample": False}
+    ids = some_ids()
+    assert torch.equal(*(model.hf.generate(ids, use_cache=cache, **options) for cache in (True, False)))
+
+
+def test_what_does_not_fit_is_refused(tiny_model):
+    model = with_codebook(tiny_model())
+    with pytest.raises(ValueError, match="has one already"):
+        with_codebook(model)
+    with pytest.raises(ValueError, match="made for a width of 8"):
+        insert_codebook(tiny_model(), Codebook(CodebookShape(d_model=8, n_codes=4, k=1)), 1)
+    with pytest.raises(ValueError, match="has no codebook"):
+        codebook_of(tiny_model())
+    with pytest.raises(ValueError, match="allowed: 1 to 4"):
+        CodebookShape(d_model=8, n_codes=4, k=5)
+    with pytest.raises(ValueError, match="as wide as the activation"):
+        CodebookShape(d_model=8, form="plain")
+    with pytest.raises(NotSupported, match=r"no encoder\.block"):
+        insert_in_encoder(tiny_model().hf, Codebook(CodebookShape(d_model=32)), 0)
+    with pytest.raises(NotSupported, match="without its codebook"):
+        _ = model.bridge
+    with pytest.raises(ValueError, match="2 codes would be left"):
+        codebook_of(model).usable(torch.arange(38))
+    with pytest.raises(ValueError, match="got code 40"):
+        codebook_of(model).usable(torch.tensor([40]))
+
+
+def causal_batches(model: Model, facts):
+    rows = rows_of_texts(model, statements(facts.facts), rows=8, length=24)
+    return lambda step: {"input_ids": rows(step), "labels": rows(step)}
+
+
+def a_trainer(model: Model, facts, recipe: CodebookRecipe = RECIPE) -> CodebookTrainer:
+    insert_codebook(model, Codebook(recipe.shape(model.d_model), seed=recipe.seed), recipe.layer)
+    return CodebookTrainer(model.hf, causal_batches(model, facts), recipe, tokens_a_step=192, text="facts")
+
+
+def test_a_killed_training_goes_on_bit_for_bit(tiny_model, tiny_facts, tmp_path: Path):
+    whole = a_trainer(tiny_model(), tiny_facts)
+    run_training(whole, tmp_path / "whole", checkpoint_every=4)
+
+    class Killed(Exception):
+        pass
+
+    def kill(step: int, loss: float) -> None:
+        if step == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_training(a_trainer(tiny_model(), tiny_facts), tmp_path / "parts", checkpoint_every=4, on_step=kill)
+    resumed = a_trainer(tiny_model(), tiny_facts)
+    run_training(resumed, tmp_path / "parts", checkpoint_every=4)
+    a, b = (dict(made.hf.named_parameters()) for made in (whole, resumed))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(ValueError, match="another recipe"):
+        run_training(a_trainer(tiny_model(), tiny_facts, replace(RECIPE, seed=3)), tmp_path / "parts")
+
+
+@pytest.mark.parametrize("model_rate", [0.0, 3e-3])
+def test_training_learns_the_task_through_the_codebook(tiny_model, tiny_facts, model_rate, tmp_path: Path):
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.hf.named_parameters()}
+    made = a_trainer(model, tiny_facts, replace(RECIPE, steps=150, model_learning_rate=model_rate))
+    losses: list[float] = []
+    run_training(made, tmp_path, checkpoint_every=150, on_step=lambda step, loss: losses.append(loss))
+    assert not model_rate or np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.8
+    moved = [name for name, p in model.hf.named_parameters() if name in before and not torch.equal(p, before[name])]
+    assert bool(moved) == (model_rate > 0)
+
+    def left(codebook: Codebook) -> float:
+        codebook(x)
+        return float((codebook.passed.decoded - x).pow(2).mean() / x.pow(2).mean())
+
+    x = codebook_of(model).passed.x.detach()
+    assert left(codebook_of(model)) < 0.65 < left(Codebook(RECIPE.shape(32), seed=1))
+
+
+def test_dead_codes_start_again_where_vectors_are(tiny_model, tiny_facts):
+    made = a_trainer(tiny_model(), tiny_facts, replace(RECIPE, steps=40, reseed_after=400))
+    for _ in range(31):
+        made.train_step()
+    assert int((made.unused_for > 400 + 192).sum()) == 0, "no code stays unused for longer than that"
+    never = a_trainer(tiny_model(), tiny_facts, replace(RECIPE, steps=40, reseed_after=10**9))
+    never.unused_for[:] = 0
+    for _ in range(31):
+        never.train_step()
+    assert int((made.unused_for < 400).sum()) > int((never.unused_for < 400).sum())
+
+
+def tiny_t5() -> transformers.T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=120, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, decoder_start_token_id=1,
+            pad_token_id=1, eos_token_id=0,
+        )
+    ).eval()  # fmt: skip
+
+
+def test_an_encoder_decoder_model_trains_through_a_codebook(tiny_model, tmp_path: Path):
+    hf, tokenizer = tiny_t5(), tiny_model().tokenizer
+    recipe = replace(RECIPE, steps=200, model_learning_rate=3e-3)
+    codebook = Codebook(recipe.shape(32))
+    insert_in_encoder(hf, codebook, 1)
+    ids = some_ids(8)
+
+    def batches(step: int):
+        g = torch.Generator().manual_seed(step)
+        given = torch.randint(2, 12, (16, 5), generator=g)
+        return {"input_ids": given, "labels": given}
+
+    made = CodebookTrainer(hf, batches, recipe, tokens_a_step=80)
+    losses: list[float] = []
+    run_training(made, tmp_path, checkpoint_every=200, on_step=lambda step, loss: losses.append(loss))
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+    hf.eval()
+    with torch.no_grad():
+        before = hf(input_ids=ids, labels=ids).logits
+        codebook.deleted[codebook.passed.codes[0, 0]] = True
+        assert not torch.equal(hf(input_ids=ids, labels=ids).logits, before)
+    found = codes_in(hf, tokenizer, codebook, ["Bram likes red", "Cora"])
+    assert found.shape == (2, 48)
+    assert 3 <= int(found[1].sum()) <= 3 * 12
+    assert torch.equal(hf.generate(ids, max_new_tokens=4), hf.generate(ids, max_new_tokens=4, use_cache=False))
+
+
+def test_counting_codes_is_the_same_in_any_batch_and_wider_when_asked(tiny_model, tiny_facts):
+    model = with_codebook(tiny_model())
+    texts = statements(tiny_facts.facts)[:30]
+    found = [codes_in(model.hf, model.tokenizer, codebook_of(model), texts, batch_size=size) for size in (1, 30)]
+    assert torch.equal(*found)
+    wider = codes_in(model.hf, model.tokenizer, codebook_of(model), texts, n_closest=6)
+    assert (wider | ~found[0]).all(), "the closest ones are among them"
+    assert wider.sum() > found[0].sum()
+
+
+def test_sentences_are_substituted_by_whole_words():
+    words = {"Ann": ["Bea"], "Ann Lee": ["Cy Dee"]}
+    assert substituted(["Ann Lee met Ann, not Anna."], words) == ["Cy Dee met Bea, not Anna."]
+    many = substituted(["hockey"] * 50, {"hockey": ["golf", "polo"]})
+    assert set(many) == {"golf", "polo"}
+    assert many == substituted(["hockey"] * 50, {"hockey": ["golf", "polo"]})
+    with pytest.raises(ValueError, match="sentence 2 has none"):
+        substituted(["Ann", "no one"], {"Ann": ["Bea"]})
+    with pytest.raises(ValueError, match="no substitutes"):
+        substituted(["Ann"], {"Ann": []})
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_topic_codes_are_found_and_few_others(paired):
+    rng = np.random.default_rng(0)
+    common = rng.random((60, 200)) < 0.2
+    topic, control = common.copy(), common ^ (rng.random((60, 200)) < 0.05)
+    topic[:, :5] |= rng.random((60, 5)) < 0.8
+    control[:, :5] = rng.random((60, 5)) < 0.05
+    found = enriched_codes(torch.from_numpy(topic), torch.from_numpy(control), paired=paired)
+    assert set(range(5)) <= set(found.codes)
+    assert len(found.codes) <= 6
+    assert list(found.log_ratio) == sorted(found.log_ratio, reverse=True)
+    assert max(found.q_value) <= 0.05
+
+
+def test_where_nothing_is_a_topics_nothing_is_found():
+    rng, wrong = np.random.default_rng(1), 0
+    for _ in range(100):
+        topic, control = (torch.from_numpy(rng.random((40, 80)) < 0.3) for _ in range(2))
+        wrong += bool(enriched_codes(topic, control, least_log_ratio=0.0).codes)
+    assert wrong <= 5 + 3 * (100 * 0.05 * 0.95) ** 0.5
+    with pytest.raises(ValueError, match="pairs of them"):
+        enriched_codes(topic[:3], control)
+
+
+def test_the_paired_test_by_hand():
+    """6 sentences gain the code, none loses it: P = 1/64; of one code no correction."""
+    topic, control = torch.ones(6, 1, dtype=torch.bool), torch.zeros(6, 1, dtype=torch.bool)
+    found = enriched_codes(topic, control)
+    assert found.q_value == pytest.approx([1 / 64])
+    assert found.log_ratio == pytest.approx([np.log2(13)])
+    assert enriched_codes(topic, control, paired=False).q_value == pytest.approx([1 / 924])
