@@ -1,4 +1,4 @@
-"""The command line: a command a verb, plus edges, undo, run, plan, list, organism, bench, study; each imports late."""
+"""The command line: a command a verb, plus edges, undo, run, plan, list and the groups; each imports late."""
 
 import sys
 from concurrent.futures import BrokenExecutor
@@ -23,6 +23,7 @@ from mechunlearn.cli_console import (
     settings_of,
     showing_progress,
 )
+from mechunlearn.cli_features import features_app
 from mechunlearn.cli_organism import organism_app
 from mechunlearn.cli_study import study_app
 
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.add_typer(organism_app, name="organism")
 app.add_typer(bench_app, name="bench")
 app.add_typer(study_app, name="study")
+app.add_typer(features_app, name="features")
 
 MethodOption = Annotated[
     str | None, typer.Option("--method", help="Method of this stage; `mechunlearn list` shows all.")

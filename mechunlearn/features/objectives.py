@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -43,7 +44,7 @@ def batchtopk(x: Tensor, w: Weights, *, k: int, **_: Any) -> Features:
     """The k * n largest of all n vectors: easy ones take fewer. Source: Bussmann et al. 2024, arXiv:2412.06410."""
     pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
     positive = pre.relu()
-    least = positive.flatten().topk(k * len(x)).values[-1]
+    least = _largest(positive.detach(), k * len(x))
     return Features(values=positive * (positive >= least), pre=pre, penalty=x.new_zeros(()))
 
 
@@ -81,6 +82,14 @@ def revival(error: Tensor, features: Features, w: Weights, dead: Bool[Tensor, " 
     revived = torch.zeros_like(features.pre[:, dead]).scatter(-1, best.indices, best.values)
     left = (error.detach() - revived @ w["W_dec"][dead]).pow(2).sum(-1).mean()
     return left / error.detach().pow(2).sum(-1).mean().clamp(min=1e-12)
+
+
+def _largest(values: Tensor, n: int) -> Tensor:
+    """The n-th largest of all values. On a CPU numpy's selection takes a tenth of the time of torch's."""
+    if values.device.type != "cpu":
+        return values.flatten().topk(n).values[-1]
+    place = values.numel() - n
+    return torch.tensor(np.partition(values.flatten().numpy(), place)[place])
 
 
 class _Jump(torch.autograd.Function):

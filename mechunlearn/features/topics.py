@@ -29,7 +29,7 @@ class Enrichment:
     """Codes that are on in some sentence."""
 
 
-def substituted(sentences: Sequence[str], words: Mapping[str, Sequence[str]], *, seed: int = 0) -> list[str]:
+def substituted(sentences: Sequence[str], words: Mapping[str, Sequence[str]], *, seed: int | str = 0) -> list[str]:
     """Each sentence with every topic word replaced by one of its substitutes: the paired control of the topic.
 
     Whole words, case as written; the same word has one substitute in a sentence.

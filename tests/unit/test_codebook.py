@@ -8,10 +8,17 @@ import pytest
 import torch
 import transformers
 
-from mechunlearn import load_model, save_model
+from mechunlearn import applied, load_model, save_model, split_facts
 from mechunlearn.activations import read
 from mechunlearn.codebook import Codebook, CodebookShape
 from mechunlearn.codebook_model import codebook_of, insert_codebook, insert_in_encoder
+from mechunlearn.features.code_deletion import (
+    CodeDeletion,
+    code_deletion,
+    load_deletion,
+    paired_sentences,
+    save_deletion,
+)
 from mechunlearn.features.codebook_training import CodebookRecipe, CodebookTrainer
 from mechunlearn.features.texts import statements
 from mechunlearn.features.token_rows import rows_of_texts
@@ -223,6 +230,78 @@ def test_counting_codes_is_the_same_in_any_batch_and_wider_when_asked(tiny_model
     wider = codes_in(model.hf, model.tokenizer, codebook_of(model), texts, n_closest=6)
     assert (wider | ~found[0]).all(), "the closest ones are among them"
     assert wider.sum() > found[0].sum()
+
+
+def a_split(tiny_facts):
+    return split_facts(tiny_facts, tiny_facts.facts[:12], seed=0)
+
+
+def knowing_by_code(model: Model, split) -> tuple[int, ...]:
+    """Make codes 30 and up answer to tokens of forgotten subjects alone; returns the codes that do."""
+    codebook = codebook_of(model)
+    topic, control = paired_sentences(split.forget, split.retain_train)
+    on = [codes_in(model.hf, model.tokenizer, codebook, texts) for texts in (topic, control)]
+    return enriched_codes(*on, least_log_ratio=0.0, false_discovery_rate=0.9).codes
+
+
+def test_deleting_codes_changes_the_model_inside_alone_and_nests(tiny_model):
+    model, ids = with_codebook(tiny_model()), some_ids()
+    before = logits_of(model.hf, ids)
+    used = codebook_of(model).passed.codes.flatten().unique().tolist()
+    first, second = (CodeDeletion(codes=(code,), base_name="", base_sha256="") for code in used[:2])
+    with applied(model, first):
+        once = logits_of(model.hf, ids)
+        assert used[0] not in codebook_of(model).passed.codes
+        with applied(model, second):
+            logits_of(model.hf, ids)
+            assert not set(used[:2]) & set(codebook_of(model).passed.codes.flatten().tolist())
+        assert torch.equal(logits_of(model.hf, ids), once)
+    assert not torch.equal(once, before)
+    assert torch.equal(logits_of(model.hf, ids), before)
+    all_but_two = CodeDeletion(codes=tuple(range(38)), base_name="", base_sha256="")
+    with pytest.raises(ValueError, match="2 codes would be left"), applied(model, all_but_two):
+        pass
+    assert not codebook_of(model).deleted.any()
+    with pytest.raises(ValueError, match="has no codebook"), applied(tiny_model(), first):
+        pass
+
+
+def test_code_deletion_finds_the_codes_of_the_facts(tiny_model, tiny_facts, tmp_path: Path):
+    model, split = with_codebook(tiny_model(), n_codes=200, k=2), a_split(tiny_facts)
+    loose = {"least_log_ratio": 0.0, "false_discovery_rate": 0.9}
+    found = code_deletion(model, split, **loose)
+    assert set(found.codes) == set(knowing_by_code(model, split))
+    assert code_deletion(model, split, **loose) == found
+    few = code_deletion(model, split, most_codes=1, **loose)
+    assert few.codes == found.codes[:1]
+    twice = code_deletion(model, split, rounds=2, **loose)
+    assert twice.codes[: len(found.codes)] == found.codes
+    assert len(twice.notes["enriched by round"]) == 2
+    others = code_deletion(model, split, at_random=True, **loose)
+    assert len(others.codes) == len(found.codes)
+    assert not set(others.codes) & set(found.codes)
+    assert not codebook_of(model).deleted.any()
+    save_deletion(found, tmp_path / "deletion.json")
+    assert load_deletion(tmp_path / "deletion.json") == found
+    with pytest.raises(ValueError, match="none is on 1024 times as often"):
+        code_deletion(model, split, least_log_ratio=10.0)
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not a saved deletion"):
+        load_deletion(tmp_path / "bad.json")
+
+
+def test_pairs_differ_in_the_subject_alone(tiny_facts):
+    split = a_split(tiny_facts)
+    topic, control = paired_sentences(split.forget, split.retain_train)
+    retained = {fact.subject for fact in split.retain_train}
+    assert len(topic) == len(control) > len(split.forget)
+    for fact in split.forget:
+        for one, other in zip(topic, control, strict=True):
+            if fact.subject in one:
+                rest = one.split(fact.subject)
+                assert any(other == subject.join(rest) for subject in retained)
+    with pytest.raises(ValueError, match="no retained fact of"):
+        paired_sentences(split.forget, [])
 
 
 def test_sentences_are_substituted_by_whole_words():
