@@ -91,10 +91,11 @@ def test_a_codebook_model_is_trained_and_loads(tmp_path: Path):
         train_codebook_model("atlas-code", tmp_path, on_step=lambda step, loss: None)
 
 
-def test_features_train_writes_a_dictionary(tmp_path: Path):
+def test_features_train_writes_a_dictionary(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("mechunlearn.organisms.shipped_features.MEASURED", 1)
     text = tmp_path / "text.txt"
     text.write_text(
-        "\n".join(f"The garden number {i} lies behind the old house of the {i}th child." for i in range(4000))
+        "\n".join(f"The garden number {i} lies behind the old house of the {i}th child." for i in range(2200))
     )
     command = ["features", "train", "--model", "atlas", "--hook", "blocks.1.hook_resid_mid", "--out", str(tmp_path)]
     command += ["--set", "steps=4", "--set", "d_sae=64", "--set", 'kind="topk"', "--device", "cpu"]
