@@ -21,10 +21,12 @@ from mechunlearn.controls.acceptance import Acceptance, accept
 from mechunlearn.controls.fabricated import fabricated_split
 from mechunlearn.controls.taught import teach
 from mechunlearn.edit import EDITORS
-from mechunlearn.edit.edits import WeightEdit, applied
+from mechunlearn.edit.edits import Edit, WeightEdit, applied
 from mechunlearn.evaluate import Evaluation, evaluate, take_baseline
 from mechunlearn.evidence import AttackEvidence, PositiveControl, evidence_by_attack
 from mechunlearn.facts import FactSplit
+from mechunlearn.features import GUARDS
+from mechunlearn.features.selection import NothingFound
 from mechunlearn.masks import mask_of, n_localizable
 from mechunlearn.metrics import score_facts
 from mechunlearn.models import Model
@@ -46,6 +48,8 @@ class Side:
     components: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the treatment: the editor's for this cell alone, or those of `teach`."""
+    guard: str | None = None
+    """What guards its activations, in place of an edit."""
     suppression: str | None = None
     """Kind of suppression that is put on the model, in place of an edit."""
     taught: bool = False
@@ -124,7 +128,7 @@ def attack_side(side: Side, splits: Sequence[FactSplit], settings: Settings) -> 
     with ExitStack() as stack:
         original = _load(side.against, settings) if side.against else None
         baseline = take_baseline(original, splits[0]) if original else None
-        edit = _treated(side, model, splits[0], settings)
+        edit = _guarded(side, model, splits[0], settings) or _treated(side, model, splits[0], settings)
         if edit is not None:
             stack.enter_context(applied(model, edit))
         if baseline is not None:
@@ -135,7 +139,7 @@ def attack_side(side: Side, splits: Sequence[FactSplit], settings: Settings) -> 
             options = settings.options("attack", name) | {"seed": side.seed, "drop_targets": side.drop_targets}
             for split in shown:
                 results.append(replace(ATTACKS.get(name).function(model, split, **options), fold=split.fold))
-    if edit is not None:
+    if isinstance(edit, WeightEdit):
         found["n_selected"] = edit.mask.n_selected
         found["share"] = edit.mask.n_selected / n_localizable(model)
         found["weight_changes"] = edit_changes(model, edit)
@@ -148,6 +152,17 @@ def attack_side(side: Side, splits: Sequence[FactSplit], settings: Settings) -> 
 
 def _load(name: str, settings: Settings) -> Model:
     return loaded(name, device=settings.device, dtype=settings.dtype)
+
+
+def _guarded(side: Side, model: Model, split: FactSplit, settings: Settings) -> Edit | None:
+    """The side's guard; none where nothing is found to guard against, as may be in a twin."""
+    if side.guard is None:
+        return None
+    options = settings.options("guard", side.guard) | dict(side.options) | {"seed": side.seed}
+    try:
+        return GUARDS.get(side.guard).function(model, split, **options)
+    except NothingFound:
+        return None
 
 
 def _treated(side: Side, model: Model, split: FactSplit, settings: Settings) -> WeightEdit | None:
@@ -212,7 +227,7 @@ def conclude(
         name=task.name, role=task.role, evaluation=first.evaluation, verdict=verdict,
         edited=tuple(result for side in sides for result in side.results),
         null=tuple(result for side in nulls for result in side.results),
-        localizer=task.localizer, editor=own.editor, components=own.components or _changed(own, first),
+        localizer=task.localizer, editor=own.editor or own.guard, components=own.components or _changed(own, first),
         n_selected=first.n_selected,
         share=first.share, weight_changes=first.weight_changes, notes=notes,
     )  # fmt: skip

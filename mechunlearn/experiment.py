@@ -194,7 +194,7 @@ def choose_masks(stage: Stage, scores: Mapping[str, ComponentScores]) -> dict[st
     the same number of parameters; `random_components` draws among all sublayers up to that number.
     """
     masks: dict[str, ParameterMask] = {}
-    arms = stage.settings.arms
+    arms = [arm for arm in stage.settings.arms if arm.guard is None]
     for arm in arms:
         if arm.components is not None:
             masks[arm.name] = mask_of(stage.model, [Component.parse(name) for name in arm.components])
@@ -357,10 +357,11 @@ def _arm_tasks(stage: Stage, masks: Mapping[str, ParameterMask]) -> list[CellTas
         label = "edited" if len(settings.edited) == 1 else f"edited-{i + 1}"
         tasks += _tasks(stage, {label: side}, "arm")
     for arm in settings.arms:
-        side = Side(
-            model=settings.model, seed=settings.seed + (arm.seed or 0), editor=arm.editor, options=arm.options,
-            components=tuple(str(component) for component in masks[arm.name].components), drop_targets=True,
-        )  # fmt: skip
+        seed = settings.seed + (arm.seed or 0)
+        side = Side(model=settings.model, seed=seed, guard=arm.guard, options=arm.options, drop_targets=True)
+        if arm.guard is None:
+            components = tuple(str(component) for component in masks[arm.name].components)
+            side = replace(side, editor=arm.editor, components=components)
         tasks += _tasks(stage, {arm.name: side}, "arm", localizer=arm.localizer)
     return tasks
 
@@ -475,7 +476,7 @@ def plan_experiment(settings: Settings) -> dict[str, pd.DataFrame]:
             "cell": arm.name,
             "one MLP": mlp,
             "of parameters": entries,
-            "budget": " ".join(arm.components) if arm.components else arm.budget or settings.mask.budget,
+            "budget": _budget(arm, settings),
         }
         for arm in settings.arms
     ]
@@ -500,3 +501,9 @@ def _planned(stage: Stage) -> pd.DataFrame:
 
 def _digest(data: object) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _budget(arm: ArmSettings, settings: Settings) -> str | float:
+    if arm.guard is not None:
+        return "none: the weights stay"
+    return " ".join(arm.components) if arm.components else arm.budget or settings.mask.budget

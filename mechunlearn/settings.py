@@ -1,6 +1,7 @@
 """What a run does, read from one TOML file: strict, with every key checked before anything starts."""
 
 import copy
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -14,16 +15,18 @@ from mechunlearn.components import Component
 from mechunlearn.controls import SUPPRESSIONS
 from mechunlearn.edit import EDITORS
 from mechunlearn.evaluate import evaluate
+from mechunlearn.features import GUARDS
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.registry import Method, Registry, did_you_mean
 
 Options = dict[str, Any]
+LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._+#-]*[A-Za-z0-9])?")
 SET_BY_THE_RUN = {"seed", "drop_targets"}
 """Options of editors, attacks, evaluation and controls that follow from the run's own settings."""
 
 
 REGISTRIES: Mapping[str, Registry] = {
-    "localize": LOCALIZERS, "edit": EDITORS, "attack": ATTACKS, "suppress": SUPPRESSIONS,
+    "localize": LOCALIZERS, "edit": EDITORS, "guard": GUARDS, "attack": ATTACKS, "suppress": SUPPRESSIONS,
 }  # fmt: skip
 
 
@@ -70,24 +73,32 @@ class MaskSettings(Strict):
 
 
 class ArmSettings(Strict):
-    """One edit: where (a localizer, or components by name) and how (an editor). Budget and kinds default to [mask]."""
+    """One edit of weights: where (a localizer, or components by name) and how (an editor); or a guard of activations.
+
+    Budget and kinds default to [mask].
+    """
 
     localizer: str | None = None
     components: list[str] | None = None
     """What to edit ("m3", "a5.h2"), in place of a localizer's choice."""
     editor: str = "inject"
+    guard: str | None = None
+    """What guards the activations, in place of an edit of weights."""
+    label: str | None = None
+    """How the arm is called; needed where two would have the same name."""
     budget: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1)] | None = None
     kinds: list[Literal["mlp", "attention", "head"]] | None = None
     seed: int | None = None
     """Added to the run's for this arm: its editor's, and its draw where the localizer is a random control."""
     options: Options = {}
-    """Options of the editor for this arm alone, over those of [edit]: to meet the others at equal damage."""
+    """Options of the editor or guard for this arm alone, over those of [edit] or [guard]."""
 
     @property
     def name(self) -> str:
         """How the arm is called in tables and folders."""
         where = self.localizer or "+".join(self.components or ())
-        return f"{self.editor}-{where}" + ("" if self.seed is None else f"-{self.seed}")
+        what = self.label or self.guard or f"{self.editor}-{where}"
+        return what + ("" if self.seed is None else f"-{self.seed}")
 
 
 class VerdictSettings(Strict):
@@ -117,6 +128,7 @@ class Settings(Strict):
     verdict: VerdictSettings = VerdictSettings()
     localize: dict[str, Options] = {}
     edit: dict[str, Options] = {}
+    guard: dict[str, Options] = {}
     attack: dict[str, Options] = {name: {} for name in DECIDING_ATTACKS}
     evaluate: Options = {}
     """Options of `evaluate`: how many facts of a part, which forms."""
@@ -126,7 +138,7 @@ class Settings(Strict):
     edited: list[str] = []
     """Checkpoints that any other tool made of `model`, each judged as it is."""
 
-    @field_validator("localize", "edit", "attack", "suppress")
+    @field_validator("localize", "edit", "guard", "attack", "suppress")
     @classmethod
     def _known_methods(cls, value: dict[str, Options], info: Any) -> dict[str, Options]:
         registry = REGISTRIES[info.field_name]
@@ -150,21 +162,23 @@ class Settings(Strict):
     @classmethod
     def _known_arms(cls, arms: list[ArmSettings]) -> list[ArmSettings]:
         for arm in arms:
-            if (arm.localizer is None) == (arm.components is None):
-                raise ValueError("arms: give each either a localizer or components")
+            if sum(given is not None for given in (arm.localizer, arm.components, arm.guard)) != 1:
+                raise ValueError("arms: give each either a localizer, or components, or a guard")
+            if arm.label is not None and not LABEL.fullmatch(arm.label):
+                raise ValueError(f"arm {arm.label!r}: allowed are letters, digits, and . _ - + # between them")
             if arm.localizer is not None:
                 LOCALIZERS.get(arm.localizer)
             for name in arm.components or ():
                 Component.parse(name)
             if managed := SET_BY_THE_RUN & set(arm.options):
                 raise ValueError(f"arm {arm.name!r}: option {min(managed)!r} is not its editor's; set the arm's `seed`")
-            EDITORS.get(arm.editor).validate(arm.options)
+            (GUARDS.get(arm.guard) if arm.guard else EDITORS.get(arm.editor)).validate(arm.options)
         names = [arm.name for arm in arms]
         if repeated := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"arm {sorted(repeated)[0]!r} is listed twice; give one of them a seed")
+            raise ValueError(f"arm {sorted(repeated)[0]!r} is listed twice; give one of them a label or a seed")
         return arms
 
-    def options(self, stage: Literal["localize", "edit", "attack"], method: str) -> Options:
+    def options(self, stage: Literal["localize", "edit", "guard", "attack"], method: str) -> Options:
         """Validated options of a method: those of the file, else its defaults."""
         return REGISTRIES[stage].get(method).validate(getattr(self, stage).get(method, {}))
 
@@ -237,7 +251,7 @@ def _refuse_what_a_run_sets(data: Mapping[str, Any], where: str, key: str = "") 
     """Raise for the first option that would be overwritten, at any depth."""
     for name, value in data.items():
         here = f"{key}.{name}".removeprefix(".")
-        if name in SET_BY_THE_RUN and here.partition(".")[0] in ("edit", "attack", "evaluate", "suppress"):
+        if name in SET_BY_THE_RUN and here.partition(".")[0] in ("edit", "guard", "attack", "evaluate", "suppress"):
             raise ValueError(
                 f"{where}: key '{here}': a run sets it; allowed: `seed` at the top of the file, or of an arm"
             )

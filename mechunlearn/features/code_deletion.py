@@ -13,7 +13,7 @@ from pydantic import Field
 from mechunlearn.codebook_model import codebook_of
 from mechunlearn.facts import Fact, FactSplit, hash_facts
 from mechunlearn.features import GUARDS
-from mechunlearn.features.selection import matched_at_random
+from mechunlearn.features.selection import NothingFound, matched_at_random
 from mechunlearn.features.texts import retained_texts
 from mechunlearn.features.topics import Enrichment, codes_in, enriched_codes, substituted
 from mechunlearn.files import whole_file
@@ -90,8 +90,8 @@ def code_deletion(
         seed: draws the substitutes, and random codes.
 
     Raises:
-        ValueError: the model has no codebook; no code is enriched, or too few would be left; no retained fact of a
-            relation.
+        ValueError: the model has no codebook; too few codes would be left; no retained fact of a relation.
+        NothingFound: no code is enriched.
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "split", "seed")}
     codebook = codebook_of(model)
@@ -111,7 +111,7 @@ def code_deletion(
             break
         found = replace(found, codes=(*found.codes, *new))
     if not found.codes:
-        raise ValueError(
+        raise NothingFound(
             f"code_deletion: of {enrichments[0].n_tested} codes none is on {2**least_log_ratio:g} times as often in "
             "the topic's sentences at this false discovery rate; lower least_log_ratio, or count by n_closest"
         )

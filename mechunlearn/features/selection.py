@@ -21,20 +21,25 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
 
+class NothingFound(ValueError):
+    """No feature (or code) belongs to what is to be forgotten."""
+
+
 def select_features(
     forget: FeatureStatistics, retain: FeatureStatistics, rule: str, *, n: int, **options: object
 ) -> tuple[int, ...]:
     """The `n` best features by a rule, best first; fewer where the rule admits fewer.
 
     Raises:
-        ValueError: an unknown rule or option, or a rule that admits none.
+        ValueError: an unknown rule or option.
+        NothingFound: the rule admits none.
     """
     method = FEATURE_RULES.get(rule)
     scores = method.function(forget, retain, **method.validate(options))
     order = torch.argsort(scores, descending=True, stable=True)[:n]
     chosen = tuple(int(i) for i in order if torch.isfinite(scores[i]))
     if not chosen:
-        raise ValueError(f"features: rule '{rule}' with {options or 'its defaults'} admits no feature; loosen it")
+        raise NothingFound(f"features: rule '{rule}' with {options or 'its defaults'} admits no feature; loosen it")
     return chosen
 
 

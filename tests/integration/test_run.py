@@ -5,8 +5,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
-from mechunlearn.experiment import run_experiment
+from mechunlearn.experiment import plan_experiment, run_experiment
+from mechunlearn.features.dictionary import Dictionary
+from mechunlearn.features.formats import save_dictionary
 from mechunlearn.report.html import write_report
 from mechunlearn.runs import load_run
 from mechunlearn.settings import check_settings, load_settings
@@ -57,6 +60,33 @@ budget = 0.3
 [[arms]]
 localizer = "random_components"
 """
+GUARDED = """
+name = "guarded"
+model = "atlas"
+twin = "atlas-never-a"
+suppress = {}
+[facts]
+forget = "sport-hockey"
+rotate = false
+n = 24
+[evaluate]
+max_facts = 8
+kinds = ["prompt"]
+[attack.asking]
+report_all_forms = false
+[guard.dynamic_guardrail]
+dictionary = "FOLDER"
+rule_options = { ratio_percentile = 0.0 }
+gate = "none"
+strength = 3.0
+data_share = 0.1
+[[arms]]
+guard = "dynamic_guardrail"
+[[arms]]
+guard = "dynamic_guardrail"
+label = "nothing"
+options = { dictionary = "FOLDER", rule = "retain_sparsity", rule_options = { most_retained = 0.0 }, gate = "none" }
+"""
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +119,40 @@ def test_without_a_twin_made_up_facts_are_the_null(tmp_path):
     assert all(len(cell.null) == len(cell.edited) for cell in result.cells)
     assert drawn.n_selected < whole.n_selected  # a control does not set the size of another
     assert len(anywhere.components) > 0
+
+
+def test_guards_are_judged_like_edits(tmp_path):
+    """With random directions, clamped hard: the facts are not answered any more; and one that finds nothing."""
+    g = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(64, 128, generator=g), dim=-1)
+    weights = {"W_enc": directions.T.clone(), "W_dec": directions, "b_enc": torch.zeros(64), "b_dec": torch.zeros(128)}
+    made = Dictionary(kind="relu", weights=weights, hook_point="blocks.3.hook_resid_post", is_folded=True)
+    save_dictionary(made, tmp_path / "dictionary")
+    settings = check_settings(tomllib.loads(GUARDED.replace("FOLDER", str(tmp_path / "dictionary"))), "guarded")
+    assert list(plan_experiment(settings)["arms"]["budget"]) == ["none: the weights stay"] * 2
+    result = run_experiment(settings, tmp_path / "guarded")
+    original, clamped, nothing = (result.cell(name) for name in ("original", "dynamic_guardrail", "nothing"))
+    assert clamped.editor == "dynamic_guardrail"
+    assert clamped.evaluation.mean("forget_hidden", "p_true") < original.evaluation.mean("forget_hidden", "p_true") / 2
+    assert nothing.evaluation.mean("forget_hidden", "p_true") > 0.98
+    page = write_report(load_run(tmp_path / "guarded"), tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "dynamic_guardrail" in page
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ("guard = 'dynamic_guardrial'", "Did you mean 'dynamic_guardrail'"),
+        ("guard = 'dynamic_guardrail'\nlocalizer = 'all_mlps'", "or a guard"),
+        ("guard = 'dynamic_guardrail'\nlabel = '../up'", "allowed are letters"),
+        ("guard = 'dynamic_guardrail'\noptions = { mode = 'harder' }", "option 'mode'"),
+        ("guard = 'dynamic_guardrail'\noptions = { seed = 1 }", "set the arm's `seed`"),
+    ],
+)
+def test_wrong_guards_are_refused_before_anything_runs(arm, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        check_settings(tomllib.loads(f"{GUARDED.partition('[[arms]]')[0]}[[arms]]\n{arm}"), "guarded")
+    assert "\n" not in str(refused.value)
 
 
 def test_the_exact_effect_stands_beside_every_localizer(run):
