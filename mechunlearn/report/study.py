@@ -37,6 +37,7 @@ def arms_figure(tables: StudyTables, preset: str) -> go.Figure:
     figure = make_subplots(
         1, len(measures), shared_yaxes=True, horizontal_spacing=0.015, subplot_titles=[title for _, title in measures]
     )
+    in_paper = next((m for m, _ in measures if m in set(paper["measure"])), None)  # whose rings are in the legend
     for column, (measure, title) in enumerate(measures, 1):
         own = rows.loc[rows["measure"] == measure].to_dict("records")
         found = [Interval(value=r["mean"], lower=r["lower"], upper=r["upper"], n=r["n_facts"]) for r in own]
@@ -52,7 +53,7 @@ def arms_figure(tables: StudyTables, preset: str) -> go.Figure:
         figure.add_trace(
             go.Scatter(
                 x=theirs["published"], y=theirs["arm"], mode="markers", name="the paper's (7 to 9 B models)",
-                showlegend=column == 2,
+                showlegend=measure == in_paper,
                 marker={"color": theme.BAD, "size": 12, "symbol": "circle-open", "line": {"width": 2}},
                 hovertemplate="%{y}, published: %{x:.3f}<extra></extra>",
             ),
