@@ -1,7 +1,6 @@
 """WeightEdit: the new values of the masked weights, applied inside a `with`, saved, loaded and exported."""
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +8,6 @@ from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mechunlearn.checkpoints import save_model
@@ -26,10 +23,10 @@ from mechunlearn.edit.training import (
     substituted,
     train,
 )
-from mechunlearn.files import whole_file
 from mechunlearn.html_card import html_card
 from mechunlearn.masks import ParameterMask
 from mechunlearn.models import Model
+from mechunlearn.saved_records import load_record, reading, save_record
 
 FORMAT = "mechunlearn weight edit 1"
 
@@ -180,7 +177,6 @@ def values_in(model: Model, mask: ParameterMask, tensors: Mapping[str, Tensor]) 
 def save_edit(edit: WeightEdit, path: str | Path) -> None:
     """Write one safetensors file (values and masks) with the JSON record in its header, all or nothing."""
     record = {
-        "format": FORMAT,
         "base_name": edit.base_name,
         "base_sha256": edit.base_sha256,
         "method": edit.method,
@@ -193,12 +189,9 @@ def save_edit(edit: WeightEdit, path: str | Path) -> None:
         "parts": list(edit.mask.parts),
         "shapes": {name: list(shape) for name, shape in edit.mask.shapes.items()},
     }
-    text = json.dumps(record, allow_nan=False, sort_keys=True)
-    tensors = {f"value:{name}": value.contiguous() for name, value in edit.values.items()}
-    # copies, because masks of one component share memory, which safetensors refuses
-    tensors |= {f"mask:{name}": entries.cpu().contiguous().clone() for name, entries in edit.mask.entries.items()}
-    with whole_file(path) as partial:
-        save_file(tensors, partial, metadata={"record": text})
+    tensors = {f"value:{name}": value for name, value in edit.values.items()}
+    tensors |= {f"mask:{name}": entries for name, entries in edit.mask.entries.items()}
+    save_record(path, record, tensors, form=FORMAT)
 
 
 def load_edit(path: str | Path) -> WeightEdit:
@@ -208,15 +201,8 @@ def load_edit(path: str | Path) -> WeightEdit:
         FileNotFoundError: no such file.
         ValueError: the file is not a saved edit.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no edit file at {path}; write one with save_edit")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            record = json.loads((file.metadata() or {})["record"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        if record.pop("format") != FORMAT:
-            raise ValueError("another format")
+    with reading(path, "edit"):
+        record, tensors = load_record(path, form=FORMAT)
         shapes = {name: tuple(shape) for name, shape in record.pop("shapes").items()}
         mask = ParameterMask(
             entries={name: tensors[f"mask:{name}"] for name in shapes},
@@ -225,10 +211,8 @@ def load_edit(path: str | Path) -> WeightEdit:
             parts=tuple(record.pop("parts", ())),  # older files have none
         )
         values = {name: tensors[f"value:{name}"] for name in shapes}
-        return WeightEdit(**record | {"history": tuple(record["history"])}, values=values, mask=mask)
-    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is not a saved edit ({type(error).__name__}: {reason}); save it anew") from None
+        rest: dict[str, Any] = record | {"history": tuple(record["history"])}
+        return WeightEdit(**rest, values=values, mask=mask)
 
 
 def export_edit(model: Model, edit: WeightEdit, folder: str | Path) -> None:

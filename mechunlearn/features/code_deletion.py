@@ -20,6 +20,7 @@ from mechunlearn.files import whole_file
 from mechunlearn.html_card import html_card
 from mechunlearn.models import Model
 from mechunlearn.prompts import forms, render, tokenizer_of
+from mechunlearn.saved_records import check_format, reading
 
 FORMAT = "mechunlearn code deletion 1"
 Rate = Annotated[float, Field(gt=0, lt=1)]
@@ -168,14 +169,7 @@ def load_deletion(path: str | Path) -> CodeDeletion:
         FileNotFoundError: no such file.
         ValueError: the file is not a saved deletion.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no deletion at {path}; write one with save_deletion")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record.pop("format") != FORMAT:
-            raise ValueError("another format")
+    with reading(path, "deletion"):
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        check_format(record, FORMAT)
         return CodeDeletion(**record | {"codes": tuple(map(int, record["codes"]))})
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is not a saved deletion ({type(error).__name__}: {reason}); save it anew") from None

@@ -1,6 +1,5 @@
 """Guard: an edit of activations that clamps chosen features of a dictionary where a gate says so; weights stay."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -8,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,9 +16,9 @@ from mechunlearn.features.dictionary import Dictionary
 from mechunlearn.features.gate import Gate
 from mechunlearn.features.hook_points import place_of_hook
 from mechunlearn.features.quality import check_fits
-from mechunlearn.files import whole_file
 from mechunlearn.html_card import html_card
 from mechunlearn.models import Model, wrap_model
+from mechunlearn.saved_records import load_record, reading, save_record
 
 FORMAT = "mechunlearn guard 1"
 
@@ -117,11 +114,8 @@ def save_guard(guard: Guard, path: str | Path) -> None:
     dictionary = {name: value for name, value in vars(guard.dictionary).items() if name != "weights"}
     record = {name: value for name, value in vars(guard).items() if name not in ("dictionary", "gate", "clamp")}
     record |= {"dictionary": dictionary, "gate": guard.gate and asdict(guard.gate)}
-    record |= {"clamp": guard.clamp and asdict(guard.clamp), "format": FORMAT}
-    text = json.dumps(record, allow_nan=False, sort_keys=True, default=dict)
-    with whole_file(path) as partial:
-        tensors = {name: value.cpu().contiguous().clone() for name, value in guard.dictionary.weights.items()}
-        save_file(tensors, partial, metadata={"record": text})
+    record |= {"clamp": guard.clamp and asdict(guard.clamp)}
+    save_record(path, record, guard.dictionary.weights, form=FORMAT)
 
 
 def load_guard(path: str | Path) -> Guard:
@@ -131,25 +125,16 @@ def load_guard(path: str | Path) -> Guard:
         FileNotFoundError: no such file.
         ValueError: the file is not a saved guard.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no guard file at {path}; write one with save_guard")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            record = json.loads((file.metadata() or {})["record"])
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        if record.pop("format") != FORMAT:
-            raise ValueError("another format")
+    with reading(path, "guard"):
+        record, weights = load_record(path, form=FORMAT)
         gate, clamp, dictionary = (record.pop(name) for name in ("gate", "clamp", "dictionary"))
+        rest: dict[str, Any] = record | {"features": tuple(record["features"])}
         return Guard(
-            **record | {"features": tuple(record["features"])},
+            **rest,
             dictionary=Dictionary(weights=weights, **dictionary),
             gate=gate and Gate(**gate | {"rates": tuple(gate["rates"])}),
             clamp=clamp and Clamp(**clamp | {"means": tuple(clamp["means"])}),
         )
-    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is not a saved guard ({type(error).__name__}: {reason}); save it anew") from None
 
 
 def without_clamp(guard: Guard) -> Guard:

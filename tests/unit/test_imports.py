@@ -24,6 +24,7 @@ ORDER = (
         "evidence",
         "rounding",
         "resumable",
+        "saved_records",
     ),
     ("architectures",),
     ("models", "bridge"),
