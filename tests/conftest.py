@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach the hub
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, and what they start, have one thread each
@@ -20,6 +21,7 @@ from mechunlearn.facts import Fact, FactSet, FactSplit, split_facts, with_edit_t
 from mechunlearn.masks import mask_of
 from mechunlearn.metrics import score_facts
 from mechunlearn.models import Model, all_components, wrap_model
+from mechunlearn.resumable import Training, run_training
 
 ARCHITECTURES = ("gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3")
 
@@ -206,3 +208,25 @@ def unscored() -> Callable[[FactSplit], FactSplit]:
         return guarded
 
     return guard
+
+
+class Killed(Exception):
+    """What ends a training in the middle of a step."""
+
+
+@pytest.fixture(scope="session")
+def killed_and_resumed() -> Callable[..., Training]:
+    """`killed_and_resumed(make, folder, at=3, every=2)` trains, is killed at a step, goes on anew; the finished one."""
+
+    def run(make: Callable[[], Training], folder: Path, *, at: int, every: int) -> Training:
+        def kill(step: int, loss: float) -> None:
+            if step == at:
+                raise Killed
+
+        with pytest.raises(Killed):
+            run_training(make(), folder, checkpoint_every=every, on_step=kill)
+        resumed = make()
+        run_training(resumed, folder, checkpoint_every=every)
+        return resumed
+
+    return run

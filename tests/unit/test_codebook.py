@@ -133,21 +133,11 @@ def a_trainer(model: Model, facts, recipe: CodebookRecipe = RECIPE) -> CodebookT
     return CodebookTrainer(model.hf, causal_batches(model, facts), recipe, tokens_a_step=192, text="facts")
 
 
-def test_a_killed_training_goes_on_bit_for_bit(tiny_model, tiny_facts, tmp_path: Path):
+def test_a_killed_training_goes_on_bit_for_bit(tiny_model, tiny_facts, killed_and_resumed, tmp_path: Path):
     whole = a_trainer(tiny_model(), tiny_facts)
     run_training(whole, tmp_path / "whole", checkpoint_every=4)
 
-    class Killed(Exception):
-        pass
-
-    def kill(step: int, loss: float) -> None:
-        if step == 6:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run_training(a_trainer(tiny_model(), tiny_facts), tmp_path / "parts", checkpoint_every=4, on_step=kill)
-    resumed = a_trainer(tiny_model(), tiny_facts)
-    run_training(resumed, tmp_path / "parts", checkpoint_every=4)
+    resumed = killed_and_resumed(lambda: a_trainer(tiny_model(), tiny_facts), tmp_path / "parts", at=6, every=4)
     a, b = (dict(made.hf.named_parameters()) for made in (whole, resumed))
     assert all(torch.equal(a[name], b[name]) for name in a)
     with pytest.raises(ValueError, match="another recipe"):

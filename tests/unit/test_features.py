@@ -43,21 +43,11 @@ def trainer(model: Model, rows: TokenRows, **changed) -> DictionaryTrainer:
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
-def test_a_killed_training_goes_on_bit_for_bit(model, rows, kind, tmp_path: Path):
+def test_a_killed_training_goes_on_bit_for_bit(model, rows, kind, killed_and_resumed, tmp_path: Path):
     whole = trainer(model, rows, kind=kind)
     run_training(whole, tmp_path / "whole", checkpoint_every=4)
 
-    class Killed(Exception):
-        pass
-
-    def kill(step: int, loss: float) -> None:
-        if step == 6:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run_training(trainer(model, rows, kind=kind), tmp_path / "parts", checkpoint_every=4, on_step=kill)
-    resumed = trainer(model, rows, kind=kind)
-    run_training(resumed, tmp_path / "parts", checkpoint_every=4)
+    resumed = killed_and_resumed(lambda: trainer(model, rows, kind=kind), tmp_path / "parts", at=6, every=4)
     a, b = whole.dictionary().weights, resumed.dictionary().weights
     assert all(torch.equal(a[name], b[name]) for name in a)
     with pytest.raises(ValueError, match="another recipe"):
@@ -132,7 +122,7 @@ def test_counts_are_those_of_the_dense_features_whatever_the_batch(model, tiny_f
     dense, norms = [], []
     for text in texts:
         ids = torch.tensor(encode(model, [text]))
-        x = read(model, ids, ("block", 1))[is_content(model, ids)]
+        x = read(model, ids, ("block", 1))[is_content(model.tokenizer, ids)]
         dense.append(dictionary.encode(x))
         norms.append(x.norm(dim=-1))
     f = torch.cat(dense).double()

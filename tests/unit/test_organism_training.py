@@ -153,21 +153,11 @@ def weights(made: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in made.model.named_parameters()}
 
 
-def test_a_killed_training_goes_on_bit_for_bit(tokenizer, tmp_path: Path):
+def test_a_killed_training_goes_on_bit_for_bit(tokenizer, killed_and_resumed, tmp_path: Path):
     whole = trainer(tokenizer)
     run_training(whole, tmp_path / "whole", checkpoint_every=2)
 
-    class Killed(Exception):
-        pass
-
-    def kill(step: int, loss: float) -> None:
-        if step == 3:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run_training(trainer(tokenizer), tmp_path / "parts", checkpoint_every=2, on_step=kill)
-    resumed = trainer(tokenizer)
-    run_training(resumed, tmp_path / "parts", checkpoint_every=2)
+    resumed = killed_and_resumed(lambda: trainer(tokenizer), tmp_path / "parts", at=3, every=2)
     assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(resumed).values(), strict=True))
     curves = [(tmp_path / name / "training.csv").read_text() for name in ("whole", "parts")]
     assert curves[0] == curves[1]
