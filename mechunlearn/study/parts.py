@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,11 @@ class Part:
 
     def located(self, seed: int) -> Located:
         """What `locate` wrote."""
-        return json.loads(located_path(self, seed).read_text(encoding="utf-8"))["arms"]
+        return _found(located_path(self, seed))["arms"]
 
     def n_entries(self, name: str, seed: int) -> int | None:
         """What an arm edits, if it is a matched one."""
-        return json.loads(located_path(self, seed).read_text(encoding="utf-8"))["n_entries"].get(name)
+        return _found(located_path(self, seed))["n_entries"].get(name)
 
     def outcome(self, job: Job) -> Outcome:
         """What a job that is done found."""
@@ -74,6 +75,12 @@ class Part:
             n_entries=self.n_entries(name, seed), editor=arm.editor,
             options={**editor_options(arm, self.study, task), **options}, **more,
         )  # fmt: skip
+
+
+@cache
+def _found(path: Path) -> dict[str, Any]:
+    """A file of `locate`, which is written once; every job of its arms asks for it."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def drawn_names(study: StudySettings, arms: Sequence[Arm]) -> list[str]:
