@@ -12,6 +12,7 @@ from torch import Tensor
 from mechunlearn.activations import Place, hooked
 from mechunlearn.features.token_rows import is_content
 from mechunlearn.models import Model
+from mechunlearn.prompts import tokenizer_of
 
 Memory = dict[str, Tensor]
 """What a change remembers of each sequence, sequences first."""
@@ -70,7 +71,7 @@ def _content(model: Model, inputs: tuple[Any, ...], named: dict[str, Any]) -> Bo
     ids = inputs[0] if inputs else named.get("input_ids")
     if ids is None:
         raise ValueError(f"{model.name}: what is attached needs input_ids, got inputs_embeds alone")
-    content, mask = is_content(model, ids), named.get("attention_mask")
+    content, mask = is_content(tokenizer_of(model), ids), named.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:  # as long as the cache and the tokens together
         content = content & mask[:, -ids.shape[1] :].bool()
     return content

@@ -10,6 +10,7 @@ from mechunlearn.features.dictionary import Dictionary
 from mechunlearn.features.hook_points import place_of_hook, width_at
 from mechunlearn.features.token_rows import TokenRows, is_content
 from mechunlearn.models import Model
+from mechunlearn.prompts import tokenizer_of
 
 
 def check_fits(model: Model, dictionary: Dictionary) -> None:
@@ -60,7 +61,7 @@ def dictionary_quality(model: Model, dictionary: Dictionary, rows: TokenRows, *,
     with untouched(model):
         for step in steps:
             ids = rows(step).to(model.device)
-            x = read(model, ids, place)[is_content(model, ids)].to(dictionary.weights["W_enc"].dtype)
+            x = read(model, ids, place)[is_content(tokenizer_of(model), ids)].to(dictionary.weights["W_enc"].dtype)
             features = dictionary.encode(x)
             n, n_on = n + len(x), n_on + (features > 0).sum(0)
             error += float((x - dictionary.decode(features, like=x)).pow(2).sum())

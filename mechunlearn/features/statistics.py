@@ -7,14 +7,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechunlearn.activations import read
+from mechunlearn.activations import pad, read
 from mechunlearn.features.dictionary import Dictionary
 from mechunlearn.features.hook_points import place_of_hook
 from mechunlearn.features.quality import check_fits
 from mechunlearn.features.token_rows import is_content
-from mechunlearn.metrics import pad_right
 from mechunlearn.models import Model
-from mechunlearn.prompts import encode, max_positions
+from mechunlearn.prompts import encode, max_positions, tokenizer_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,10 +63,8 @@ def batches_of_texts(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
-        ids = pad_right([rows[i] for i in numbers], model.device)
-        lengths = torch.tensor([len(rows[i]) for i in numbers], device=model.device)
-        real = torch.arange(ids.shape[1], device=model.device) < lengths[:, None]
-        yield numbers, ids, is_content(model, ids) & real
+        tokens = pad(model, [rows[i] for i in numbers])
+        yield numbers, tokens.ids, is_content(tokenizer_of(model), tokens.ids) & tokens.mask
 
 
 @torch.no_grad()

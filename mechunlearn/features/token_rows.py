@@ -7,9 +7,10 @@ from itertools import chain
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from mechunlearn.models import Model
-from mechunlearn.prompts import encode, max_positions, tokenizer_of
+from mechunlearn.prompts import encode, max_positions
 
 TokenRows = Callable[[int], Int[Tensor, "row pos"]]
 """Step -> its rows. The same step always gives the same rows, so that a training that was killed goes on alike."""
@@ -44,7 +45,7 @@ def rows_of_texts(model: Model, texts: Sequence[str], *, rows: int = 16, length:
     return batch
 
 
-def is_content(model: Model, ids: Int[Tensor, "row pos"]) -> Bool[Tensor, "row pos"]:
+def is_content(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, "row pos"]) -> Bool[Tensor, "row pos"]:
     """Which tokens are text: the activations of special ones (BOS, padding) are far larger in many models."""
-    special = torch.tensor(sorted(set(tokenizer_of(model).all_special_ids)), device=ids.device)
+    special = torch.tensor(sorted(set(tokenizer.all_special_ids)), device=ids.device)
     return ~torch.isin(ids, special)

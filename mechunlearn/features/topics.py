@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mechunlearn.codebook import Codebook
+from mechunlearn.features.token_rows import is_content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,6 @@ def codes_in(
             step in if the first ones were deleted, too.
     """
     encoder = hf.get_encoder() if hf.config.is_encoder_decoder else hf.base_model
-    special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
     found = torch.zeros(len(texts), codebook.shape.n_codes, dtype=torch.bool)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     was_training = hf.training
@@ -79,7 +79,7 @@ def codes_in(
         if (passed := codebook.passed) is None:
             raise RuntimeError("codebook: a forward pass of the model did not go through it")
         codes = passed.codes if n_closest is None else codebook.closest(passed.z, n_closest)
-        content = mask.bool() & ~torch.isin(ids, special)
+        content = mask.bool() & is_content(tokenizer, ids)
         for row, text in enumerate(rows):
             found[text, codes[row][content[row].to(codes.device)].flatten().cpu()] = True
     hf.train(was_training)

@@ -16,6 +16,7 @@ from mechunlearn.features.hook_points import place_of_hook, width_at
 from mechunlearn.features.objectives import OBJECTIVES, TrainedKind, revival
 from mechunlearn.features.token_rows import TokenRows, is_content
 from mechunlearn.models import Model
+from mechunlearn.prompts import tokenizer_of
 from mechunlearn.registry import did_you_mean
 from mechunlearn.resumable import load_state, save_state
 
@@ -140,7 +141,7 @@ class DictionaryTrainer:
 
     def _vectors(self, step: int) -> Float[Tensor, "token d_in"]:
         ids = self.rows(step).to(self.model.device)
-        return exact(read(self.model, ids, self.place)[is_content(self.model, ids)])
+        return exact(read(self.model, ids, self.place)[is_content(tokenizer_of(self.model), ids)])
 
     def _initial(self, d_in: int, mean: Tensor) -> dict[str, Tensor]:
         """Encoder and decoder begin as transposes, and the bias as the vectors' mean."""
