@@ -17,7 +17,7 @@ from mechunlearn.study.parts import DEVELOPMENT, SIDES, Line, Part, line_counts,
 from mechunlearn.study.settings import ModelSettings
 
 Progress = Callable[[str, float, float], None]
-SECONDS: Mapping[Level, float] = {"tune": 15.0, "quick": 28.0, "standard": 40.0}
+SECONDS: Mapping[Level, float] = {"tune": 20.0, "quick": 35.0, "standard": 60.0}
 """Of one job on one core, before any has been measured."""
 
 
