@@ -1,26 +1,21 @@
 """Dynamic SAE guardrail: features of what is to be forgotten, clamped in texts that a gate says are about it."""
 
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from mechunlearn.activations import read
-from mechunlearn.facts import FactSplit, hash_facts
+from mechunlearn.facts import FactSplit
 from mechunlearn.features import GUARDS
 from mechunlearn.features.bundled import dictionary_of
 from mechunlearn.features.clamp import Clamp, ClampMode, Units
-from mechunlearn.features.dictionary import fold_decoder_norm
+from mechunlearn.features.descriptions import describe_features, features_of_topic, load_descriptions
+from mechunlearn.features.dictionary import Dictionary, fold_decoder_norm
+from mechunlearn.features.evidence import Evidence, Flags, gather_evidence
 from mechunlearn.features.gate import Gate, GateKind, Scope, calibrated
 from mechunlearn.features.guard import Guard, narrowed
-from mechunlearn.features.hook_points import place_of_hook
 from mechunlearn.features.selection import matched_at_random, select_features
-from mechunlearn.features.statistics import batches_of_texts, feature_statistics
-from mechunlearn.features.texts import retained_texts, statements
 from mechunlearn.models import Model
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -34,6 +29,8 @@ def dynamic_guardrail(
     dictionary: str = "blocks.3.hook_resid_post",
     rule: str = "dsg",
     rule_options: Mapping[str, float | str] | None = None,
+    topic: str | None = None,
+    descriptions: str | None = None,
     n_features: Annotated[int, Field(ge=1)] = 20,
     at_random: bool = False,
     gate: GateKind | Literal["none"] = "share",
@@ -57,6 +54,10 @@ def dynamic_guardrail(
             directions are folded to unit length, so that a strength means the same in all of them.
         rule: how features are chosen; see `features.selection`.
         rule_options: of the rule.
+        topic: what is to be forgotten, in words: features are then chosen by their descriptions, with no look at which
+            facts are to be forgotten (but for the gate cusum's rates); the rule is not used.
+        descriptions: path of these (see `features.descriptions.load_descriptions`); None describes every feature by its
+            top tokens and contexts in statements of all facts.
         n_features: features at most.
         at_random: a control: as many other features that are on as often in text to retain.
         gate: none is a static clamp.
@@ -68,44 +69,43 @@ def dynamic_guardrail(
         seed: draws the shares, the split of the texts, and random features.
 
     Raises:
-        ValueError: a dictionary that does not fit, a rule that admits no feature, or too few texts to calibrate.
+        ValueError: a dictionary that does not fit, too few texts to calibrate, or descriptions without a topic.
+        NothingFound: a rule, or a topic, that admits no feature.
 
     Source: Muhamed et al. 2025, arXiv:2504.08192, section 3. Its importance, selection and clamp are the defaults; its
         gate is a share of whole sequences (`scope` "sequence") at a quantile (`calibration` "quantile").
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "split", "seed")}
     options["rule_options"] = dict(rule_options or {})
-    rng = random.Random(f"guard|{seed}")
+    if descriptions is not None and topic is None:
+        raise ValueError("dynamic_guardrail: descriptions need a `topic` to look for among them; give one")
     found = fold_decoder_norm(dictionary_of(model, dictionary)).to(model.device)
-    forget = _some(statements(split.forget, seed=seed), data_share, rng)
-    retain = _some(retained_texts(split.retain_train, seed=seed), data_share, rng)
-    half = len(retain) // 2
-    of_forget = feature_statistics(model, found, forget)
-    of_retain = feature_statistics(model, found, retain[:half])
-    chosen = select_features(of_forget, of_retain, rule, n=n_features, **options["rule_options"])
-    if at_random:
-        chosen = matched_at_random(chosen, of_retain.fire_rate.numpy(), seed=seed)
-    kept = narrowed(found, chosen)
+    return guard_from(model, gather_evidence(model, split, found, data_share=data_share, seed=seed), options)
+
+
+def guard_from(model: Model, evidence: Evidence, options: Mapping[str, Any]) -> Guard:
+    """The guard with these options of `dynamic_guardrail`, all of them, on what was read."""
+    found, of_retain = evidence.dictionary, evidence.retain
+    chosen = _chosen(model, evidence, options)
+    means = tuple((of_retain.total / of_retain.n_tokens)[list(chosen)].tolist()) if options["mode"] == "mean" else ()
     guard = Guard(
-        dictionary=kept, features=chosen, gate=None,
+        dictionary=narrowed(found, chosen), features=chosen, gate=None,
         clamp=Clamp(
-            mode=mode, strength=strength, units=units, residual_norm=of_retain.mean_norm,
-            means=tuple((of_retain.total / of_retain.n_tokens)[list(chosen)].tolist()) if mode == "mean" else (),
+            mode=options["mode"], strength=options["strength"], units=options["units"], means=means,
+            residual_norm=of_retain.mean_norm,
         ),
-        base_name=model.name, base_sha256=model.sha256, method="dynamic_guardrail", options=options, seed=seed,
-        facts_sha256=hash_facts((*split.forget, *split.retain_train)),
+        base_name=model.name, base_sha256=model.sha256, method="dynamic_guardrail", options=options,
+        seed=evidence.seed, facts_sha256=evidence.facts_sha256,
     )  # fmt: skip
-    watched = retain[half:]
-    to_forget, to_retain = (flags_of(model, guard, texts) for texts in (forget, watched))
-    if gate != "none":
-        rates = tuple(min(0.99, max(0.001, _rate(flags))) for flags in (to_forget, to_retain))
-        if rates[0] <= rates[1]:
-            rates = (min(0.995, rates[1] * 1.5), rates[1])  # random features: no evidence either way
-        one = Gate(kind=gate, scope=scope, width=width, rates=(rates[0], rates[1]))
-        middle = len(to_retain) // 2
-        one = calibrated(
-            one, to_retain[:middle], rate=false_positive_rate, method=calibration, held_out=to_retain[middle:]
-        )
+    to_forget, to_retain = (
+        fired.flags(chosen, found.d_sae) for fired in (evidence.fired_forget, evidence.fired_retain)
+    )
+    if options["gate"] != "none":
+        one = _calibrated(
+            Gate(kind=options["gate"], scope=options["scope"], width=options["width"],
+                 rates=_likelihoods(to_forget, to_retain)), to_retain,
+            rate=options["false_positive_rate"], method=options["calibration"],
+        )  # fmt: skip
         opened = float((one.peaks(to_forget) > one.threshold).mean())
         guard = replace(guard, gate=one, notes={"opens on text to forget": opened})
     return replace(guard, notes={
@@ -114,20 +114,40 @@ def dynamic_guardrail(
     })  # fmt: skip
 
 
-@torch.no_grad()
-def flags_of(model: Model, guard: Guard, texts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
-    """Of each text, in order: at which tokens a chosen feature is on, and which are content."""
-    place, dictionary = place_of_hook(model, guard.dictionary.hook_point), guard.dictionary.to(model.device)
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    for numbers, ids, content in batches_of_texts(model, texts, max_tokens=256, batch_size=64):
-        on = (dictionary.encode(read(model, ids, place))[..., list(guard.places)] > 0).any(-1) & content
-        found |= {number: (on[row].cpu(), content[row].cpu()) for row, number in enumerate(numbers)}
-    return [found[number] for number in range(len(texts))]
+def _chosen(model: Model, evidence: Evidence, options: Mapping[str, Any]) -> tuple[int, ...]:
+    n, topic = options["n_features"], options["topic"]
+    if topic is None:
+        chosen = select_features(evidence.forget, evidence.retain, options["rule"], n=n, **options["rule_options"])
+    else:
+        own = options["descriptions"]
+        said = load_descriptions(own) if own else describe_features(model, evidence.dictionary, evidence.texts)
+        chosen = features_of_topic(_fitting(said, evidence.dictionary), topic, n=n)
+    if options["at_random"]:
+        chosen = matched_at_random(chosen, evidence.retain.fire_rate.numpy(), seed=evidence.seed)
+    return chosen
 
 
-def _rate(flags: Sequence[tuple[Tensor, Tensor]]) -> float:
+def _fitting(descriptions: Mapping[int, str], dictionary: Dictionary) -> Mapping[int, str]:
+    """The descriptions, if they are of features that the dictionary has."""
+    if bad := [feature for feature in descriptions if not 0 <= feature < dictionary.d_sae]:
+        raise ValueError(
+            f"descriptions: got feature {bad[0]}, allowed: 0 to {dictionary.d_sae - 1}, as the dictionary of "
+            f"{dictionary.hook_point} has; give descriptions of its own features"
+        )
+    return descriptions
+
+
+def _likelihoods(to_forget: Flags, to_retain: Flags) -> tuple[float, float]:
+    """Of a token with a chosen feature, in either kind of text; CUSUM needs the first to be higher."""
+    forget, retain = (min(0.99, max(0.001, _rate(flags))) for flags in (to_forget, to_retain))
+    return (forget if forget > retain else min(0.995, retain * 1.5), retain)  # random features: no evidence either way
+
+
+def _calibrated(gate: Gate, flags: Flags, *, rate: float, method: Literal["quantile", "conformal"]) -> Gate:
+    """On the first half of the texts to retain; the rate achieved is that of the second."""
+    half = len(flags) // 2
+    return calibrated(gate, flags[:half], rate=rate, method=method, held_out=flags[half:])
+
+
+def _rate(flags: Flags) -> float:
     return sum(int(on.sum()) for on, _ in flags) / max(1, sum(int(content.sum()) for _, content in flags))
-
-
-def _some(texts: Sequence[str], share: float, rng: random.Random) -> list[str]:
-    return list(texts) if share == 1 else rng.sample(list(texts), max(1, round(share * len(texts))))

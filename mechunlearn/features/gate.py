@@ -9,11 +9,16 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mechunlearn.features.attached import Memory
 
 GateKind = Literal["share", "window", "cusum"]
 Scope = Literal["token", "sequence"]
+
+
+class TooFewTexts(ValueError):
+    """So few that no threshold is sure to be passed seldom enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +92,11 @@ class Gate:
 
         That of any token, or with the scope "sequence" the last one.
         """
-        found: list[float] = []
-        for on, content in flags:
-            scores = self.scores(on[None], content[None], {})
-            found.append(float(_at_end(scores, content[None]) if self.scope == "sequence" else scores.max()))
-        return np.array(found)
+        if not flags:
+            return np.zeros(0)
+        on, content = (pad_sequence([one[part] for one in flags], batch_first=True) for part in (0, 1))
+        scores = self.scores(on, content, {})  # no score looks at padding, and none is higher there than before
+        return (_at_end(scores, content)[:, 0] if self.scope == "sequence" else scores.max(1).values).numpy()
 
 
 def _at_end(scores: Tensor, content: Tensor) -> Float[Tensor, "batch 1"]:
@@ -118,7 +123,8 @@ def calibrated(
         held_out: other such texts, on which the achieved rate is measured.
 
     Raises:
-        ValueError: no texts, a rate outside (0, 1), or too few texts for the rate.
+        ValueError: no texts, or a rate outside (0, 1).
+        TooFewTexts: for the rate.
 
     Source: Vovk et al. 2005 (split-conformal); Muhamed et al. 2025, arXiv:2504.08192 (quantile).
     """
@@ -127,7 +133,7 @@ def calibrated(
         raise ValueError(f"gate: got a rate of {rate} and {len(peaks)} texts, allowed: a rate in (0, 1), some texts")
     rank = math.ceil((len(peaks) + 1) * (1 - rate))
     if method == "conformal" and rank > len(peaks):
-        raise ValueError(f"gate: {len(peaks)} texts cannot vouch for a rate of {rate}; give {math.ceil(1 / rate)}")
+        raise TooFewTexts(f"gate: {len(peaks)} texts cannot vouch for a rate of {rate}; give {math.ceil(1 / rate)}")
     threshold = float(peaks[rank - 1]) if method == "conformal" else float(np.quantile(peaks, 1 - rate))
     found = replace(gate, threshold=threshold, target_rate=rate, n_calibrated=len(peaks))
     opened = float((found.peaks(held_out) > threshold).mean()) if held_out else None

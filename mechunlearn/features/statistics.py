@@ -1,6 +1,6 @@
 """How often and how strongly every feature is on in some texts, counted batch by batch; nothing dense is kept."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from mechunlearn.features.quality import check_fits
 from mechunlearn.features.token_rows import is_content
 from mechunlearn.models import Model
 from mechunlearn.prompts import encode, max_positions, tokenizer_of
+
+OnBatch = Callable[[Sequence[int], Bool[Tensor, "text pos d_sae"], Bool[Tensor, "text pos"]], None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,13 +71,15 @@ def batches_of_texts(
 
 @torch.no_grad()
 def feature_statistics(
-    model: Model, dictionary: Dictionary, texts: Sequence[str], *, max_tokens: int = 256, batch_size: int = 32
-) -> FeatureStatistics:
+    model: Model, dictionary: Dictionary, texts: Sequence[str], *, max_tokens: int = 256, batch_size: int = 32,
+    on_batch: OnBatch = lambda numbers, on, content: None,
+) -> FeatureStatistics:  # fmt: skip
     """Count the features of a dictionary over texts.
 
     Args:
         max_tokens: tokens of a text that are read, from its start.
         batch_size: texts in a forward pass.
+        on_batch: also told which features are on where: (numbers of the texts, [text pos feature], content tokens).
 
     Raises:
         ValueError: a dictionary that does not fit the model, or no token of text.
@@ -85,7 +89,7 @@ def feature_statistics(
     zero = torch.zeros(dictionary.d_sae, dtype=torch.float64, device=model.device)
     total, squares, n_on, n_texts_on = zero, zero.clone(), zero.long(), zero.long()
     n_tokens, norm = 0, 0.0
-    for _, ids, content in batches_of_texts(model, texts, max_tokens=max_tokens, batch_size=batch_size):
+    for numbers, ids, content in batches_of_texts(model, texts, max_tokens=max_tokens, batch_size=batch_size):
         x = read(model, ids, place)
         features = dictionary.encode(x) * content[..., None]
         on = features > 0
@@ -94,6 +98,7 @@ def feature_statistics(
         total = total + features.sum((0, 1), dtype=torch.float64)
         squares = squares + features.square().sum((0, 1), dtype=torch.float64)
         n_on, n_texts_on = n_on + on.sum((0, 1)), n_texts_on + on.any(1).sum(0)
+        on_batch(numbers, on, content)
     if not n_tokens:
         raise ValueError(f"features: got {len(texts)} texts without a single token; give some text")
     return FeatureStatistics(
