@@ -180,3 +180,35 @@ def bench_coverage(
     table = stages.bench_coverage(draws, out)
     print_frame(table, title="Coverage of intervals with a nominal 95%")
     console.print(f"table: {escape(str(out / 'coverage.csv'))}", soft_wrap=True)
+
+
+@bench_app.command("guards")
+def bench_guards(
+    model: ModelOption = "atlas",
+    facts: FactsOption = "sport-hockey",
+    forgotten: ForgottenOption = None,
+    dictionary: Annotated[
+        str, typer.Option("--dictionary", help="Folder, or hook point of one that comes with the model.")
+    ] = "blocks.3.hook_resid_post",
+    topic: Annotated[
+        str | None, typer.Option("--topic", help="What is to be forgotten, in words, for the choice by descriptions.")
+    ] = "plays hockey",
+    only: Annotated[list[str] | None, typer.Option("--only", help="An experiment; without it all. Repeatable.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many times all is dealt.")] = 5,
+    max_facts: Annotated[int, typer.Option("--max-facts", min=8, help="Facts of each part, drawn if more.")] = 96,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes of one thread.")] = 2,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    out: Annotated[Path, typer.Option("--out", help="Folder of finished parts and tables.")] = Path(".runs/guards"),
+) -> None:
+    """What guards of activations forget, spare and withstand: clamps, gates, dilution, requests in sequence, ..."""
+    from mechunlearn import features_stage, stages
+
+    with showing_progress() as progress, advising("--workers 1"):
+        table = features_stage.bench_guards(
+            model, stages.chosen(facts, forgotten), only or [], out, dictionary=dictionary, topic=topic,
+            max_facts=max_facts, seeds=seeds, workers=workers, device=device, on_progress=progress,
+        )  # fmt: skip
+    for experiment, rows in table.groupby("experiment", sort=False):
+        shown = rows.pivot_table(index=["arm", "x"], columns="measure", values="value", sort=False)
+        print_frame(shown.reset_index(), title=f"{experiment}: means over seeds (intervals in summary.csv)")
+    console.print(f"tables and figure: {escape(str(out / 'tables'))}", soft_wrap=True)

@@ -1,16 +1,21 @@
 """Dictionaries and codebook models as the command line offers them."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from mechunlearn.bench.guard_experiments import names_of
+from mechunlearn.bench.guards import GuardBench, summary
+from mechunlearn.bench.guards import bench_guards as measure_guards
 from mechunlearn.checkpoints import choose_device, load_model
+from mechunlearn.experiment import choose_facts, n_workers
 from mechunlearn.features.token_rows import TokenRows, rows_of_texts
 from mechunlearn.features.training import DictionaryRecipe
+from mechunlearn.files import replaceable, whole_folder
 from mechunlearn.models import Model
 from mechunlearn.organisms.bundle import ORGANISMS
 from mechunlearn.organisms.shipped_features import (
@@ -25,6 +30,9 @@ from mechunlearn.organisms.shipped_features import (
     train_dictionary,
 )
 from mechunlearn.registry import Method
+from mechunlearn.report.guards import guards_figure
+from mechunlearn.settings import FactsSettings
+from mechunlearn.sources.bundled import BUNDLED, load_bundled
 
 Progress = Callable[[str, float, float], None]
 
@@ -67,6 +75,35 @@ def make_shipped(out: Path, *, device: str, on_step: Progress) -> list[Path]:
         told = _told(on_step, name, recipe.steps)
         made.append(train_codebook_model(name, out / name, device=str(choose_device(device)), on_step=told))
     return made
+
+
+def bench_guards(
+    name: str, facts: Mapping[str, str], experiments: Sequence[str], out: Path, *, dictionary: str, topic: str | None,
+    max_facts: int, seeds: int, workers: int, device: str, on_progress: Progress,
+) -> pd.DataFrame:  # fmt: skip
+    """Measure guards on a model; writes tables/guards.csv (a row a seed), summary.csv and guards.html into `out`.
+
+    Facts far from those to forget are those of other relations; of a bundled organism all that it read.
+
+    Raises:
+        ValueError: an unknown experiment, or a dictionary that does not fit.
+    """
+    wanted = names_of(experiments)
+    replaceable(out / "tables")
+    known, forget = choose_facts(FactsSettings.model_validate(facts))
+    relations = {fact.relation for fact in forget}
+    others = [fact for dataset in BUNDLED for fact in load_bundled(dataset)] if name in ORGANISMS else known
+    bench = GuardBench(
+        model=name, facts=known, forget=forget, far=tuple(fact for fact in others if fact.relation not in relations),
+        dictionary=dictionary, topic=topic, max_facts=max_facts, device=str(choose_device(device)),
+    )  # fmt: skip
+    rows = measure_guards(bench, wanted, seeds, out, workers=n_workers(workers, [device]), on_progress=on_progress)
+    found = summary(rows)
+    with whole_folder(out / "tables") as partial:
+        rows.to_csv(partial / "guards.csv", index=False)
+        found.to_csv(partial / "summary.csv", index=False)
+        guards_figure(found).write_html(partial / "guards.html")
+    return found
 
 
 def _rows_of(model: Model, path: Path) -> tuple[TokenRows, TokenRows]:

@@ -1,0 +1,135 @@
+"""What a bench of guards stands on: the facts to forget, those near to them and far from them, and what is measured."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from mechunlearn.edit.edits import Edit, applied
+from mechunlearn.facts import Fact, FactSplit, hash_facts
+from mechunlearn.features import GUARDS
+from mechunlearn.features.bundled import dictionary_of
+from mechunlearn.features.dictionary import fold_decoder_norm
+from mechunlearn.features.dynamic_guardrail import guard_from
+from mechunlearn.features.evidence import Evidence, fired_in, gather_evidence
+from mechunlearn.features.guard import Guard
+from mechunlearn.metrics import perplexity, score_facts
+from mechunlearn.models import Model
+from mechunlearn.organisms.neutral import neutral_text
+from mechunlearn.prompts import forms, render
+
+# pandas and scikit-learn have no complete types
+# pyright: standard
+
+STRENGTH = 0.3  # mean residual norms
+COMMON: Mapping[str, Any] = {"n_features": 20, "mode": "only_fired", "strength": STRENGTH}
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "static": {"gate": "none"},
+    "dsg": {"gate": "share", "scope": "sequence", "calibration": "quantile", "mode": "all_on_hot"},
+    "share": {"gate": "share"},
+    "window": {"gate": "window"},
+    "cusum": {"gate": "cusum"},
+    "random": {"gate": "none", "at_random": True},
+}
+"""static: always on. dsg: the paper's gate and clamp. share, window, cusum: gates token by token, with a threshold by
+split-conformal calibration. random: static, with other features that are on as often in text to retain."""
+GATED = ("dsg", "share", "window", "cusum")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ground:
+    """One deal of facts on one model; a class, for parts of it are drawn once and used by every experiment."""
+
+    model: Model
+    split: FactSplit
+    far: tuple[Fact, ...]
+    """Known facts of other relations than those to forget; may be none."""
+    dictionary: str
+    topic: str | None
+    """What is to be forgotten, in words; None leaves out what chooses features by their descriptions."""
+    seed: int = 0
+    max_facts: int = 96
+    _read: dict[tuple[str, float], Evidence] = field(default_factory=dict)
+
+    def guard(self, arm: str, *, split: FactSplit | None = None, **options: Any) -> Guard:
+        """An arm's guard for the facts to forget, or for those of another split."""
+        method = GUARDS.get("dynamic_guardrail")
+        given = method.validate({**COMMON, **ARMS[arm], **options, "dictionary": self.dictionary})
+        given["rule_options"] = given["rule_options"] or {}
+        return guard_from(self.model, self._evidence(split or self.split, given["data_share"]), given)
+
+    def _evidence(self, split: FactSplit, share: float) -> Evidence:
+        """Read once for all guards on the same facts."""
+        key = (hash_facts((*split.forget, *split.retain_train)), share)
+        if key not in self._read:
+            found = fold_decoder_norm(dictionary_of(self.model, self.dictionary)).to(self.model.device)
+            self._read[key] = gather_evidence(self.model, split, found, data_share=share, seed=self.seed)
+        return self._read[key]
+
+    @cached_property
+    def parts(self) -> dict[str, list[Fact]]:
+        """forget; near: facts of the same relations that no guard was made on; far: of others. Drawn where too many."""
+        relations = {fact.relation for fact in self.split.forget}
+        near = [fact for fact in self.split.retain_test if fact.relation in relations]
+        parts = {"forget": self.split.forget, "near": near, "far": self.far}
+        return {name: self.drawn(facts) for name, facts in parts.items() if facts}
+
+    def drawn(self, facts: Sequence[Fact]) -> list[Fact]:
+        """At most `max_facts` of them."""
+        if len(facts) <= self.max_facts:
+            return list(facts)
+        return random.Random(f"ground|{self.seed}").sample(list(facts), self.max_facts)
+
+    def measured(self, edit: Edit | None) -> dict[str, float]:
+        """Of the model under an edit: mean P(true | candidates) of every part by prompt, and of `forget` otherwise.
+
+        variants: mean over the other forms that the facts to forget have (but for multiple choice). perplexity: on
+        neutral text, over the unedited model's.
+        """
+        if edit is None:
+            return self._measured() | {"perplexity": 1.0}
+        with applied(self.model, edit):
+            return self._measured() | {"perplexity": self._perplexity() / self.plain_perplexity}
+
+    def _measured(self) -> dict[str, float]:
+        found = {name: self.p_true(facts) for name, facts in self.parts.items()}
+        own = self.parts["forget"]
+        others = [form for form in forms(own[0]) if form not in ("prompt", "choice")]
+        if others:
+            found["variants"] = float(np.mean([self.p_true(own, form) for form in others]))
+        return found
+
+    def p_true(self, facts: Sequence[Fact], form: str = "prompt") -> float:
+        """Mean P(true | candidates)."""
+        return float(np.mean(score_facts(self.model, facts, form, seed=self.seed)["p_true"].to_numpy()))
+
+    @cached_property
+    def plain_perplexity(self) -> float:
+        """Of the unedited model."""
+        return self._perplexity()
+
+    def _perplexity(self) -> float:
+        return perplexity(self.model, neutral_text(40, self.seed + 1))
+
+    def opened(self, guard: Guard) -> dict[str, float]:
+        """Share of the prompts of every part, and of neutral texts, that open the guard's gate at some token.
+
+        auroc: how well the gate's score tells prompts to forget from those near to them, whatever the threshold.
+        """
+        assert guard.gate is not None
+        texts = {name: [render(fact, "prompt") for fact in facts] for name, facts in self.parts.items()}
+        texts["text"] = neutral_text(100, self.seed + 1)
+        own = guard.dictionary.to(self.model.device)
+        fired = {
+            name: fired_in(self.model, own, said)[1].flags(guard.places, own.d_sae) for name, said in texts.items()
+        }
+        peaks = {name: guard.gate.peaks(flags) for name, flags in fired.items()}
+        found = {f"opens on {name}": float((of > guard.gate.threshold).mean()) for name, of in peaks.items()}
+        if "near" in peaks:
+            truth = np.repeat([1, 0], [len(peaks["forget"]), len(peaks["near"])])
+            found["auroc"] = float(roc_auc_score(truth, np.concatenate([peaks["forget"], peaks["near"]])))
+        return found

@@ -1,0 +1,125 @@
+"""The bench of guards: what it measures of an unedited model, its experiments, and that nothing is measured twice."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+
+from mechunlearn.bench.guard_experiments import EXPERIMENTS, dilution, filler, gate_threshold, names_of, requests
+from mechunlearn.bench.guard_ground import Ground
+from mechunlearn.bench.guards import GuardBench, bench_guards, summary
+from mechunlearn.checkpoints import save_model
+from mechunlearn.facts import split_facts
+from mechunlearn.features.dictionary import Dictionary
+from mechunlearn.features.formats import save_dictionary
+from mechunlearn.metrics import score_facts
+from mechunlearn.prompts import encode
+from mechunlearn.report.guards import guards_figure
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A dictionary of random directions, each on at some tokens."""
+    path = tmp_path_factory.mktemp("dictionary") / "random"
+    directions = torch.nn.functional.normalize(torch.randn(96, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    weights = {"W_enc": directions.T.clone(), "W_dec": directions, "b_dec": torch.zeros(32)}
+    weights["b_enc"] = torch.full((96,), -1.5)
+    save_dictionary(Dictionary(kind="relu", weights=weights, hook_point="blocks.1.hook_resid_post"), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def ground(knowing, tiny_facts, folder):
+    red = tiny_facts.where(lambda fact: fact.target_true == "red")
+    far = tuple(tiny_facts.of("city"))[:10]
+    return Ground(model=knowing, split=split_facts(tiny_facts.of("colour"), red, n_retain_test=10), far=far,
+                  dictionary=folder, topic="colour red", max_facts=8)  # fmt: skip
+
+
+def weights_of(model):
+    return {name: value.clone() for name, value in model.hf.state_dict().items()}
+
+
+def test_of_the_unedited_model_it_measures_what_the_metrics_say(ground):
+    found = ground.measured(None)
+    assert found["forget"] == pytest.approx(score_facts(ground.model, ground.parts["forget"])["p_true"].mean())
+    assert found["far"] == pytest.approx(score_facts(ground.model, ground.parts["far"])["p_true"].mean())
+    assert found["perplexity"] == 1.0
+    assert {fact.target_true for fact in ground.parts["near"]}.isdisjoint({"red"})
+    assert len(ground.parts["near"]) == 8
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_measures_and_leaves_the_model_as_it_was(ground, name):
+    before = weights_of(ground.model)
+    rows = list(EXPERIMENTS[name](ground))
+    assert rows, name
+    shares = [
+        value for _, _, found in rows for measure, value in found.items() if measure not in ("perplexity", "fluency")
+    ]
+    assert all(0 <= value <= 1 for value in shares)
+    for arm, x, found in rows:
+        if arm in ("removed", "gate alone") and "forget" in found and not (name == "dilution" and x):
+            assert found["forget"] == ground.measured(None)["forget"]
+    assert all(torch.equal(value, before[key]) for key, value in ground.model.hf.state_dict().items())
+
+
+def test_a_gate_opens_oftener_at_a_higher_rate(ground):
+    found = {(arm, x): values for arm, x, values in gate_threshold(ground) if arm == "dsg"}
+    opened = [values["opens on near"] for _, values in sorted(found.items())]
+    assert opened == sorted(opened)
+    assert opened[-1] > opened[0]
+
+
+def test_filler_is_as_long_as_asked(ground):
+    assert filler(ground.model, 0, 3) == ""
+    for n in (4, 16):
+        text = filler(ground.model, n, 3)
+        assert text.endswith(" ")
+        assert abs(len(encode(ground.model, [text])[0]) - n) <= 1
+    assert [x for arm, x, _ in dilution(ground) if arm == "removed"] == [0, 4, 8, 16]  # 64 positions, 40 kept free
+
+
+def test_requests_are_whole_answers(ground):
+    blocks = requests(ground.split)
+    assert {fact.target_true for fact in blocks[0]} == {"red"}
+    assert len({fact.target_true for block in blocks for fact in block}) == len(blocks) == 4
+    few = replace(ground.split, retain_train=())
+    assert len(requests(few)) == 1
+
+
+def test_what_is_done_is_not_done_again(knowing, tiny_facts, folder, tmp_path):
+    save_model(knowing, tmp_path / "model")
+    red = tuple(tiny_facts.where(lambda fact: fact.target_true == "red"))
+    bench = GuardBench(
+        model=str(tmp_path / "model"), facts=tiny_facts, forget=red, far=(), dictionary=folder, max_facts=8
+    )
+    rows = bench_guards(bench, ("data_share",), 2, tmp_path / "out")
+    assert set(rows["seed"]) == {0, 1}
+    for path in (tmp_path / "out" / bench.digest()).glob("*.csv"):
+        part = pd.read_csv(path)
+        part.assign(value=0.25).to_csv(path, index=False)
+    again = bench_guards(bench, ("data_share",), 2, tmp_path / "out")
+    assert set(again["value"]) == {0.25}
+    assert replace(bench, max_facts=9).digest() != bench.digest()
+
+
+def test_the_summary_is_over_seeds_and_the_figure_names_the_arms():
+    rows = pd.DataFrame(
+        [("data_share", arm, x, seed, "forget", value + 0.1 * seed)
+         for arm, value in (("static", 0.2), ("dsg", 0.5)) for x in (0.5, 1.0) for seed in range(3)],
+        columns=pd.Index(["experiment", "arm", "x", "seed", "measure", "value"]),
+    )  # fmt: skip
+    found = summary(rows)
+    first = found.iloc[0]
+    assert (first["arm"], first["n_seeds"]) == ("static", 3)
+    assert first["value"] == pytest.approx(0.3)
+    assert first["upper"] - first["value"] == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-5)  # t of 2 degrees
+    figure = guards_figure(found)
+    assert {trace.name for trace in figure.data} == {"static", "dsg"}
+
+
+def test_an_unknown_experiment_is_one_line():
+    with pytest.raises(ValueError, match="experiment: got 'dilutoin', allowed: clamp_strength"):
+        names_of(["dilutoin"])
