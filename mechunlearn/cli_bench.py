@@ -1,7 +1,7 @@
 """The commands of `mechunlearn bench`; each imports late."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -18,6 +18,12 @@ from mechunlearn.cli_console import (
     settings_of,
     showing_progress,
 )
+
+OnlyOption = Annotated[list[str] | None, typer.Option("--only", help="An experiment; without it all. Repeatable.")]
+DealsOption = Annotated[int, typer.Option("--seeds", min=1, help="How many times all is dealt.")]
+DrawnOption = Annotated[int, typer.Option("--max-facts", min=8, help="Facts of each part, drawn if more.")]
+WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Processes of one thread.")]
+PartsOption = Annotated[Path, typer.Option("--out", help="Folder of finished parts and tables.")]
 
 bench_app = typer.Typer(help="Measure the program itself on models of known truth.", no_args_is_help=True)
 
@@ -193,12 +199,12 @@ def bench_guards(
     topic: Annotated[
         str | None, typer.Option("--topic", help="What is to be forgotten, in words, for the choice by descriptions.")
     ] = "plays hockey",
-    only: Annotated[list[str] | None, typer.Option("--only", help="An experiment; without it all. Repeatable.")] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many times all is dealt.")] = 5,
-    max_facts: Annotated[int, typer.Option("--max-facts", min=8, help="Facts of each part, drawn if more.")] = 96,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes of one thread.")] = 2,
+    only: OnlyOption = None,
+    seeds: DealsOption = 5,
+    max_facts: DrawnOption = 96,
+    workers: WorkersOption = 2,
     device: Annotated[str, typer.Option("--device")] = "auto",
-    out: Annotated[Path, typer.Option("--out", help="Folder of finished parts and tables.")] = Path(".runs/guards"),
+    out: PartsOption = Path(".runs/guards"),
 ) -> None:
     """What guards of activations forget, spare and withstand: clamps, gates, dilution, requests in sequence, ..."""
     from mechunlearn import features_stage, stages
@@ -208,6 +214,37 @@ def bench_guards(
             model, stages.chosen(facts, forgotten), only or [], out, dictionary=dictionary, topic=topic,
             max_facts=max_facts, seeds=seeds, workers=workers, device=device, on_progress=progress,
         )  # fmt: skip
+    _print_experiments(table, out)
+
+
+@bench_app.command("codes")
+def bench_codes(
+    model: ModelOption = "atlas-codebook",
+    facts: FactsOption = "sport-hockey",
+    forgotten: ForgottenOption = None,
+    without: Annotated[str, typer.Option("--without", help="The model that the codebook was put into.")] = "atlas",
+    never_knew: Annotated[
+        str, typer.Option("--never-knew", help="The codebook model of a twin that never read the facts.")
+    ] = "atlas-codebook-never-a",
+    only: OnlyOption = None,
+    seeds: DealsOption = 5,
+    max_facts: DrawnOption = 96,
+    workers: WorkersOption = 2,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    out: PartsOption = Path(".runs/codes"),
+) -> None:
+    """What deleting the codes of a topic forgets and spares, and what the codebook costs with nothing deleted."""
+    from mechunlearn import features_stage, stages
+
+    with showing_progress() as progress, advising("--workers 1"):
+        table = features_stage.bench_codes(
+            model, stages.chosen(facts, forgotten), only or [], out, without=without, never_knew=never_knew,
+            max_facts=max_facts, seeds=seeds, workers=workers, device=device, on_progress=progress,
+        )  # fmt: skip
+    _print_experiments(table, out)
+
+
+def _print_experiments(table: Any, out: Path) -> None:
     for experiment, rows in table.groupby("experiment", sort=False):
         shown = rows.pivot_table(index=["arm", "x"], columns="measure", values="value", sort=False)
         print_frame(shown.reset_index(), title=f"{experiment}: means over seeds (intervals in summary.csv)")

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
 
+from mechunlearn.bench.code_experiments import CODE_EXPERIMENTS, NEVER_KNEW, WITHOUT
 from mechunlearn.bench.guard_experiments import names_of
 from mechunlearn.bench.guards import GuardBench, summary
 from mechunlearn.bench.guards import bench_guards as measure_guards
@@ -30,7 +32,7 @@ from mechunlearn.organisms.shipped_features import (
     train_dictionary,
 )
 from mechunlearn.registry import Method
-from mechunlearn.report.guards import guards_figure
+from mechunlearn.report.guards import codes_figure, guards_figure
 from mechunlearn.settings import FactsSettings
 from mechunlearn.sources.bundled import BUNDLED, load_bundled
 
@@ -81,7 +83,7 @@ def bench_guards(
     name: str, facts: Mapping[str, str], experiments: Sequence[str], out: Path, *, dictionary: str, topic: str | None,
     max_facts: int, seeds: int, workers: int, device: str, on_progress: Progress,
 ) -> pd.DataFrame:  # fmt: skip
-    """Measure guards on a model; writes tables/guards.csv (a row a seed), summary.csv and guards.html into `out`.
+    """Measure guards on a model; writes tables/rows.csv (a row a seed), summary.csv and figure.html into `out`.
 
     Facts far from those to forget are those of other relations; of a bundled organism all that it read.
 
@@ -89,20 +91,54 @@ def bench_guards(
         ValueError: an unknown experiment, or a dictionary that does not fit.
     """
     wanted = names_of(experiments)
-    replaceable(out / "tables")
+    bench = _bench(name, facts, max_facts, device, dictionary=dictionary, topic=topic)
+    return _measured(bench, wanted, out, seeds, workers, guards_figure, on_progress)
+
+
+def bench_codes(
+    name: str, facts: Mapping[str, str], experiments: Sequence[str], out: Path, *, without: str, never_knew: str,
+    max_facts: int, seeds: int, workers: int, device: str, on_progress: Progress,
+) -> pd.DataFrame:  # fmt: skip
+    """Measure code deletion on a codebook model; writes as `bench_guards` does.
+
+    Args:
+        without: the model that it was made of.
+        never_knew: the codebook model of that one's twin.
+
+    Raises:
+        ValueError: an unknown experiment, or a model without a codebook.
+    """
+    wanted = names_of(experiments, CODE_EXPERIMENTS)
+    beside = ((WITHOUT, without), (NEVER_KNEW, never_knew))
+    return _measured(
+        _bench(name, facts, max_facts, device, beside=beside), wanted, out, seeds, workers, codes_figure, on_progress
+    )
+
+
+def _bench(name: str, facts: Mapping[str, str], max_facts: int, device: str, **more: Any) -> GuardBench:
     known, forget = choose_facts(FactsSettings.model_validate(facts))
     relations = {fact.relation for fact in forget}
-    others = [fact for dataset in BUNDLED for fact in load_bundled(dataset)] if name in ORGANISMS else known
-    bench = GuardBench(
+    own = name in ORGANISMS or name in CODEBOOKS
+    others = [fact for dataset in BUNDLED for fact in load_bundled(dataset)] if own else known
+    return GuardBench(
         model=name, facts=known, forget=forget, far=tuple(fact for fact in others if fact.relation not in relations),
-        dictionary=dictionary, topic=topic, max_facts=max_facts, device=str(choose_device(device)),
+        max_facts=max_facts, device=str(choose_device(device)), **more,
     )  # fmt: skip
-    rows = measure_guards(bench, wanted, seeds, out, workers=n_workers(workers, [device]), on_progress=on_progress)
+
+
+def _measured(
+    bench: GuardBench, wanted: Sequence[str], out: Path, seeds: int, workers: int,
+    figure: Callable[[pd.DataFrame], go.Figure], on_progress: Progress,
+) -> pd.DataFrame:  # fmt: skip
+    replaceable(out / "tables")
+    rows = measure_guards(
+        bench, wanted, seeds, out, workers=n_workers(workers, [bench.device]), on_progress=on_progress
+    )
     found = summary(rows)
     with whole_folder(out / "tables") as partial:
-        rows.to_csv(partial / "guards.csv", index=False)
+        rows.to_csv(partial / "rows.csv", index=False)
         found.to_csv(partial / "summary.csv", index=False)
-        guards_figure(found).write_html(partial / "guards.html")
+        figure(found).write_html(partial / "figure.html")
     return found
 
 

@@ -200,19 +200,19 @@ def relearned(ground: Ground) -> Found:
             yield arm, 1.0, {"hidden": float(np.mean(list(result.hidden_scores().values())))}
 
 
-EXPERIMENTS: Mapping[str, Callable[[Ground], Found]] = {
+EXPERIMENTS: dict[str, Callable[[Ground], Found]] = {
     function.__name__: function
     for function in (clamp_strength, number_of_features, feature_rule, gate_threshold, dilution, generation, sequential,
                      data_share, zero_shot, relearned)
 }  # fmt: skip
 
 
-def names_of(wanted: Sequence[str]) -> tuple[str, ...]:
+def names_of(wanted: Sequence[str], allowed: Mapping[str, object] = EXPERIMENTS) -> tuple[str, ...]:
     """The experiments asked for, all if none is.
 
     Raises:
         ValueError: an unknown one.
     """
-    if unknown := [name for name in wanted if name not in EXPERIMENTS]:
-        raise ValueError(f"experiment: got {unknown[0]!r}, allowed: {', '.join(EXPERIMENTS)}")
-    return tuple(wanted) or tuple(EXPERIMENTS)
+    if unknown := [name for name in wanted if name not in allowed]:
+        raise ValueError(f"experiment: got {unknown[0]!r}, allowed: {', '.join(allowed)}")
+    return tuple(wanted) or tuple(allowed)

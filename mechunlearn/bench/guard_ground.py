@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -48,11 +48,14 @@ class Ground:
     split: FactSplit
     far: tuple[Fact, ...]
     """Known facts of other relations than those to forget; may be none."""
-    dictionary: str
+    dictionary: str | None
+    """None: nothing is guarded, as where codes are deleted."""
     topic: str | None
     """What is to be forgotten, in words; None leaves out what chooses features by their descriptions."""
     seed: int = 0
     max_facts: int = 96
+    beside: Mapping[str, Model] = field(default_factory=dict)
+    """Other models on the same facts, by what they are."""
     _read: dict[tuple[str, float], Evidence] = field(default_factory=dict)
 
     def guard(self, arm: str, *, split: FactSplit | None = None, **options: Any) -> Guard:
@@ -66,9 +69,13 @@ class Ground:
         """Read once for all guards on the same facts."""
         key = (hash_facts((*split.forget, *split.retain_train)), share)
         if key not in self._read:
-            found = fold_decoder_norm(dictionary_of(self.model, self.dictionary)).to(self.model.device)
+            found = fold_decoder_norm(dictionary_of(self.model, str(self.dictionary))).to(self.model.device)
             self._read[key] = gather_evidence(self.model, split, found, data_share=share, seed=self.seed)
         return self._read[key]
+
+    def on(self, name: str) -> "Ground":
+        """The same facts on a model that stands beside."""
+        return replace(self, model=self.beside[name], _read={})
 
     @cached_property
     def parts(self) -> dict[str, list[Fact]]:

@@ -1,4 +1,4 @@
-"""The bench of guards: every experiment under several deals; what is done is kept and never done again."""
+"""The benches of guards and of code deletion: every experiment under several deals, none of them done twice."""
 
 import hashlib
 import json
@@ -11,12 +11,15 @@ from typing import Any
 
 import pandas as pd
 
+from mechunlearn.bench.code_experiments import CODE_EXPERIMENTS
 from mechunlearn.bench.guard_experiments import EXPERIMENTS
 from mechunlearn.bench.guard_ground import Ground
 from mechunlearn.checkpoints import load_model
+from mechunlearn.codebook_model import codebook_of
 from mechunlearn.experiment import process_pool
 from mechunlearn.facts import Fact, FactSet, split_facts
 from mechunlearn.features.bundled import dictionary_of
+from mechunlearn.features.quality import check_fits
 from mechunlearn.files import whole_file
 from mechunlearn.metrics import known_facts
 from mechunlearn.statistics import seed_interval
@@ -33,18 +36,21 @@ class GuardBench:
     facts: FactSet
     forget: tuple[Fact, ...]
     far: tuple[Fact, ...]
-    dictionary: str
+    dictionary: str | None = None
     topic: str | None = None
+    beside: tuple[tuple[str, str], ...] = ()
+    """Other models on the same facts: (what it is, its name)."""
     max_facts: int = 96
     device: str = "cpu"
 
     def digest(self) -> str:
         """Equal for what would be measured alike."""
         model = load_model(self.model, device=self.device)
-        said = json.dumps(asdict(self) | {"sha256": model.sha256}, sort_keys=True)
-        digest = hashlib.sha256(said.encode())
-        for name, weights in sorted(dictionary_of(model, self.dictionary).weights.items()):
-            digest.update(name.encode() + weights.cpu().numpy().tobytes())
+        models = [model.sha256, *(load_model(name, device=self.device).sha256 for _, name in self.beside)]
+        digest = hashlib.sha256(json.dumps(asdict(self) | {"sha256": models}, sort_keys=True).encode())
+        weights = dictionary_of(model, self.dictionary).weights if self.dictionary else {}
+        for name, value in sorted(weights.items()):
+            digest.update(name.encode() + value.cpu().numpy().tobytes())
         return digest.hexdigest()[:12]
 
 
@@ -58,7 +64,7 @@ def ground_of(bench: GuardBench, seed: int) -> Ground:
     return Ground(
         model=model, split=split, dictionary=bench.dictionary,
         far=tuple(fact for fact in bench.far if fact.key in known), topic=bench.topic, seed=seed,
-        max_facts=bench.max_facts,
+        max_facts=bench.max_facts, beside={what: load_model(name, device=bench.device) for what, name in bench.beside},
     )  # fmt: skip
 
 
@@ -66,7 +72,7 @@ def measure(bench: GuardBench, experiment: str, seed: int, path: Path) -> Path:
     """Carry out one experiment under one seed, unless its file is there."""
     if not path.is_file():
         rows: list[dict[str, Any]] = []
-        for arm, x, values in EXPERIMENTS[experiment](ground_of(bench, seed)):
+        for arm, x, values in (EXPERIMENTS | CODE_EXPERIMENTS)[experiment](ground_of(bench, seed)):
             about = {"experiment": experiment, "arm": arm, "x": x, "seed": seed}
             rows += [about | {"measure": measure, "value": value} for measure, value in values.items()]
         columns = pd.Index(["experiment", "arm", "x", "seed", "measure", "value"])
@@ -80,7 +86,10 @@ def bench_guards(
     on_progress: Callable[[str, float, float], None] = lambda text, done, total: None,
 ) -> pd.DataFrame:  # fmt: skip
     """Every experiment under every seed: experiment, arm, x, seed, measure, value; goes on where it stopped."""
-    ground_of(bench, 0).guard("static")  # what does not fit is told before anything is begun
+    ground = ground_of(bench, 0)  # what does not fit is told before anything is begun
+    check_fits(ground.model, dictionary_of(ground.model, bench.dictionary)) if bench.dictionary else codebook_of(
+        ground.model
+    )
     parts = out / bench.digest()
     parts.mkdir(parents=True, exist_ok=True)
     todo = [(name, seed, parts / f"{name}-{seed}.csv") for seed, name in product(range(seeds), experiments)]

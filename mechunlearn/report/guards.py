@@ -1,4 +1,7 @@
-"""The picture of `bench guards`: what guards forget and spare, when their gates open, and what gets around them."""
+"""The pictures of `bench guards` and `bench codes`: what is forgotten and spared, when gates open, what gets around."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -12,41 +15,75 @@ from mechunlearn.report.theme import label, styled
 
 COLOURS = {
     "static": theme.EDITED, "dsg": theme.BAD, "share": theme.ORIGINAL, "window": theme.OTHER, "cusum": theme.TWIN,
-    "random": theme.QUIET, "removed": theme.LIGHT,
+    "random": theme.QUIET, "removed": theme.LIGHT, "deleted": theme.EDITED, "nothing deleted": theme.ORIGINAL,
+    "no codebook": theme.LIGHT, "never knew": theme.TWIN,
 }  # fmt: skip
 FORGET, NEAR = "P(true), to forget", "P(true), near"
-PANELS: dict[str, tuple[str, str, str, str | None, str]] = {
-    # experiment: title, x title, y title, measure along x (None: x itself), measure along y
-    "clamp_strength": ("Clamp strength: to forget against near", NEAR, FORGET, "near", "forget"),
-    "gate_threshold": ("Gate: where it opens", "opens on near", "opens on text to forget", "opens on near",
-                       "opens on forget"),
-    "dilution": ("Filler before the prompt", "tokens", FORGET, None, "forget"),
-    "number_of_features": ("Number of features: to forget against near", NEAR, FORGET, "near", "forget"),
-    "sequential": ("Requests one after another", "guards", NEAR, None, "near"),
-    "data_share": ("Share of the data", "share", FORGET, None, "forget"),
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One experiment as lines, an arm each."""
+
+    title: str
+    x_title: str
+    y_title: str
+    up: str
+    """The measure along y."""
+    along: str | None = None
+    """The measure along x; None: the experiment's own variable."""
+
+
+GUARDS: Mapping[str, Panel] = {
+    "clamp_strength": Panel(title="Clamp strength", x_title=NEAR, y_title=FORGET, along="near", up="forget"),
+    "number_of_features": Panel(title="Number of features", x_title=NEAR, y_title=FORGET, along="near", up="forget"),
+    "gate_threshold": Panel(
+        title="Gate", x_title="opens on near", y_title="opens on text to forget", along="opens on near",
+        up="opens on forget",
+    ),
+    "dilution": Panel(title="Filler before the prompt", x_title="tokens", y_title=FORGET, up="forget"),
+    "sequential": Panel(title="Requests one after another", x_title="guards", y_title=NEAR, up="near"),
+    "data_share": Panel(title="Share of the data", x_title="share", y_title=FORGET, up="forget"),
 }  # fmt: skip
+CODES: Mapping[str, Panel] = {
+    "deletion": Panel(title="Rounds of deletion", x_title=NEAR, y_title=FORGET, along="near", up="forget"),
+    "wider_choice": Panel(title="Closest codes counted", x_title=NEAR, y_title=FORGET, along="near", up="forget"),
+    "more_requests": Panel(title="Requests one after another", x_title="deletions", y_title=NEAR, up="near"),
+}
 
 
 def guards_figure(summary: pd.DataFrame) -> go.Figure:
     """Six panels, means over seeds; error bars (95%) along y. Panels of experiments that were not run stay empty."""
-    figure = make_subplots(2, 3, subplot_titles=[panel[0] for panel in PANELS.values()], vertical_spacing=0.2,
-                           horizontal_spacing=0.08)  # fmt: skip
+    return _lines(summary, GUARDS, "Guards of activations")
+
+
+def codes_figure(summary: pd.DataFrame) -> go.Figure:
+    """Three panels, as in `guards_figure`."""
+    return _lines(summary, CODES, "Code deletion")
+
+
+def _lines(summary: pd.DataFrame, panels: Mapping[str, Panel], title: str) -> go.Figure:
+    n_rows = -(-len(panels) // 3)
+    figure = make_subplots(
+        n_rows, 3, subplot_titles=[panel.title for panel in panels.values()], horizontal_spacing=0.07,
+        vertical_spacing=0.17,
+    )  # fmt: skip
     told: set[str] = set()
-    for place, (experiment, (_, x_title, y_title, along, up)) in enumerate(PANELS.items()):
+    for place, (experiment, panel) in enumerate(panels.items()):
         row, col = place // 3 + 1, place % 3 + 1
         rows = summary.loc[summary["experiment"] == experiment]
-        for arm, colour in COLOURS.items():
+        for number, (arm, colour) in enumerate(COLOURS.items()):
             own = rows.loc[rows["arm"] == arm]
-            y = own.loc[own["measure"] == up].set_index("x")
+            y = own.loc[own["measure"] == panel.up].set_index("x")
             if not len(y):
                 continue
             means = own.pivot_table(index="x", columns="measure", values="value")
-            xs = y.index if along is None else means.loc[y.index, along]
+            xs = y.index if panel.along is None else means.loc[y.index, panel.along]
             figure.add_trace(
                 go.Scatter(
                     x=list(xs), y=list(y["value"]), name=label(arm), legendgroup=arm, showlegend=arm not in told,
                     mode="lines+markers", line={"color": colour, "width": 1.5},
-                    marker={"size": 8, "symbol": theme.SYMBOLS[list(COLOURS).index(arm)]},
+                    marker={"size": 8, "symbol": theme.SYMBOLS[number % len(theme.SYMBOLS)]},
                     error_y={"type": "data", "symmetric": False, "thickness": 1, "width": 2,
                              "array": list((y["upper"] - y["value"]).fillna(0)),
                              "arrayminus": list((y["value"] - y["lower"]).fillna(0))},
@@ -56,14 +93,13 @@ def guards_figure(summary: pd.DataFrame) -> go.Figure:
                 row=row, col=col,
             )  # fmt: skip
             told.add(arm)
-        figure.update_xaxes(title_text=x_title, row=row, col=col)
-        figure.update_yaxes(title_text=y_title, range=[-0.03, 1.05], row=row, col=col)
-        if along is not None:
+        figure.update_xaxes(title_text=panel.x_title, row=row, col=col)
+        figure.update_yaxes(title_text=panel.y_title, range=[-0.03, 1.05], row=row, col=col)
+        if panel.along is not None:
             figure.update_xaxes(range=[-0.03, 1.05], row=row, col=col)
     figure.update_layout(legend={"orientation": "h", "y": -0.12})
-    seeds = max(summary["n_seeds"])
     subtitle = (
-        "P(true | candidates); good is low on what is to be forgotten and high near to it. "
-        f"Means over {seeds} deals, 95% intervals"
+        "P(true | candidates): good is low on what is to be forgotten and high near to it. "
+        f"Means over {max(summary['n_seeds'])} deal(s), 95% intervals"
     )
-    return styled(figure, "Guards of activations", subtitle, height=820)
+    return styled(figure, title, subtitle, height=130 + 350 * n_rows)

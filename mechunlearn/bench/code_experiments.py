@@ -1,0 +1,144 @@
+"""The experiments on code deletion (CodeUnlearn), one function each: a `Ground` in, (arm, x, what was measured) out."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from mechunlearn.bench.guard_experiments import Found, requests
+from mechunlearn.bench.guard_ground import Ground
+from mechunlearn.codebook_model import codebook_of
+from mechunlearn.edit.edits import applied
+from mechunlearn.evaluate.generation import generated, generation_scores, normalized_drop
+from mechunlearn.features.code_deletion import CodeDeletion, code_deletion
+from mechunlearn.features.selection import NothingFound
+from mechunlearn.models import Model
+from mechunlearn.organisms.descriptions import WORDINGS, Description, descriptions
+from mechunlearn.prompts import tokenizer_of
+
+# pandas has no complete types
+# pyright: standard
+
+WITHOUT, NEVER_KNEW = "no codebook", "never knew"
+"""What stands beside a codebook model: the model it was made of, and the codebook model of that one's twin."""
+
+
+def insertion(ground: Ground) -> Found:
+    """What the codebook costs with nothing deleted: the model without it, the model with it, and its never-knew twin.
+
+    perplexity: over that of the model without it.
+    """
+    plain = ground.on(WITHOUT)
+    for arm, of in ((WITHOUT, plain), ("nothing deleted", ground), (NEVER_KNEW, ground.on(NEVER_KNEW))):
+        yield arm, 0.0, of.measured(None) | {"perplexity": of.plain_perplexity / plain.plain_perplexity}
+
+
+def deletion(ground: Ground) -> Found:
+    """x: rounds of counting and deleting, each with what the round before deleted gone; 0 is nothing deleted.
+
+    "random": as many others that are on as often in text to retain. new codes: those that stepped in for deleted ones
+    and belong to the topic as clearly, found in the last round.
+    """
+    yield "deleted", 0.0, ground.measured(None) | {"codes": 0.0}
+    for rounds in (1, 2, 3, 5):
+        for arm, at_random in (("deleted", False), ("random", True)):
+            if (made := _deleted(ground, rounds=rounds, at_random=at_random)) is None:
+                continue
+            last = [*made.notes["enriched by round"], *[[]] * rounds][rounds - 1]
+            yield arm, rounds, ground.measured(made) | {"codes": float(len(made.codes)), "new codes": float(len(last))}
+
+
+def wider_choice(ground: Ground) -> Found:
+    """x: how many closest codes of every token are counted (the paper's wider set); k is what passes."""
+    k = codebook_of(ground.model).shape.k
+    for n in (k, 2 * k, 4 * k):
+        if (made := _deleted(ground, n_closest=n)) is not None:
+            yield "deleted", n, ground.measured(made) | {"codes": float(len(made.codes))}
+
+
+def more_requests(ground: Ground) -> Found:
+    """Four topics, one after another, none of them trained for; x is how many are deleted.
+
+    seconds: to find the codes of the last one.
+    """
+    blocks = requests(ground.split)
+    taken = {fact.key for block in blocks for fact in block}
+    kept = tuple(fact for fact in ground.split.retain_train if fact.key not in taken)
+    near = [fact for fact in ground.parts.get("near", []) if fact.key not in taken]
+    with ExitStack() as deletions:
+        for x in range(len(blocks) + 1):
+            found: dict[str, float] = {}
+            if x:
+                split = replace(
+                    ground.split, forget_shown=blocks[x - 1], forget_hidden=(), attack_dev=(), retain_train=kept
+                )
+                started = time.monotonic()
+                made = _deleted(replace(ground, split=split))
+                found["seconds"] = time.monotonic() - started
+                if made is not None:
+                    deletions.enter_context(applied(ground.model, made))
+            found |= {f"request {i}": ground.p_true(block) for i, block in enumerate(blocks, start=1)}
+            found |= {"near": ground.p_true(near)} if near else {}
+            yield "deleted", x, found | ({"far": ground.p_true(ground.parts["far"])} if "far" in ground.parts else {})
+
+
+def described(ground: Ground) -> Found:
+    """The task that the model was trained for: describe a subject. Scores of what it writes, and how much was lost.
+
+    topic: subjects to forget, asked as in training; variants: the same in its other wordings; rest: other subjects.
+    drop is `normalized_drop`: 1 where it writes no better than the model that was never trained for the task.
+    """
+    told = descriptions()
+    topic = _of(told, [fact.subject for fact in ground.parts["forget"]])
+    rest = _of(told, [fact.subject for part in ("near", "far") for fact in ground.parts.get(part, [])])
+    if not topic or not rest:
+        return
+    scored = {"untrained": _scores(ground.on(WITHOUT).model, topic, rest),
+              "nothing deleted": _scores(ground.model, topic, rest),
+              NEVER_KNEW: _scores(ground.on(NEVER_KNEW).model, topic, rest)}  # fmt: skip
+    for arm, options in (("deleted", {}), ("deleted, 3 rounds", {"rounds": 3}), ("random", {"at_random": True})):
+        if (made := _deleted(ground, **options)) is not None:
+            with applied(ground.model, made):
+                scored[arm] = _scores(ground.model, topic, rest)
+    before, untrained = scored["nothing deleted"], scored["untrained"]
+    for arm, scores in scored.items():
+        drops = {f"{name} drop": normalized_drop(before[name], value, untrained[name])
+                 for name, value in scores.items() if before[name] > untrained[name]}  # fmt: skip
+        yield arm, 0.0, scores | drops
+
+
+def _deleted(ground: Ground, **options: Any) -> CodeDeletion | None:
+    """None where no code belongs to the topic."""
+    try:
+        return code_deletion(ground.model, ground.split, **options, seed=ground.seed)
+    except NothingFound:
+        return None
+
+
+def _of(told: Mapping[str, Description], subjects: Sequence[str]) -> list[Description]:
+    return [told[subject] for subject in dict.fromkeys(subjects) if subject in told]
+
+
+def _scores(model: Model, topic: Sequence[Description], rest: Sequence[Description]) -> dict[str, float]:
+    """Means of every score on each part."""
+    tokenizer = tokenizer_of(model)
+    stop = [token for token in (tokenizer.bos_token_id,) if isinstance(token, int)]
+    asked: dict[str, list[tuple[str, str]]] = {
+        "topic": [(one.prompt(), one.text) for one in topic],
+        "variants": [(one.prompt(wording), one.text) for one in topic for wording in range(1, len(WORDINGS))],
+        "rest": [(one.prompt(), one.text) for one in rest],
+    }
+    found: dict[str, float] = {}
+    for part, pairs in asked.items():
+        texts = generated(model.hf, tokenizer, [prompt for prompt, _ in pairs], stop=stop)
+        scores = generation_scores(texts, [reference for _, reference in pairs])
+        found |= {f"{part} {name}": float(np.mean(scores[name].to_numpy())) for name in scores.columns}
+    return found
+
+
+CODE_EXPERIMENTS: dict[str, Callable[[Ground], Found]] = {
+    function.__name__: function for function in (insertion, deletion, wider_choice, more_requests, described)
+}
