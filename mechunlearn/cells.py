@@ -99,6 +99,10 @@ class Attacked:
     """Edited share of all MLP and attention parameters."""
     weight_changes: pd.DataFrame | None = None
     seconds: float = 0.0
+    made_seconds: float | None = None
+    """For the treatment alone; None where there is none."""
+    comes_off: bool = False
+    """Whether it is a guard, which somebody who has the weights takes off."""
 
 
 @cache
@@ -128,8 +132,10 @@ def attack_side(side: Side, splits: Sequence[FactSplit], settings: Settings) -> 
     with ExitStack() as stack:
         original = _load(side.against, settings) if side.against else None
         baseline = take_baseline(original, splits[0]) if original else None
+        made = time.monotonic()
         edit = _guarded(side, model, splits[0], settings) or _treated(side, model, splits[0], settings)
         if edit is not None:
+            found |= {"made_seconds": round(time.monotonic() - made, 1), "comes_off": edit.comes_off}
             stack.enter_context(applied(model, edit))
         if baseline is not None:
             options = settings.evaluate | {"seed": settings.seed, "drop_targets": side.drop_targets}
@@ -216,6 +222,8 @@ def conclude(
         "key": task.key, "A_o": bounds["original"], "A_n": bounds["null_before"],
         "seconds": round(sum(side.seconds for side in (*sides, *nulls)), 1),
     }  # fmt: skip
+    if first.made_seconds is not None and task.role == "arm":
+        notes |= {"made_seconds": first.made_seconds, "comes_off": first.comes_off}
     if task.role == "suppressed" and first.acceptance is not None:
         notes["acceptance"] = first.acceptance.record
         notes["control"] = next(asdict(control) for control in controls if control.kind == own.suppression)

@@ -244,6 +244,22 @@ def report(folder: Annotated[Path, typer.Argument(help="A finished run's folder.
     _finish(load_run(folder), folder)
 
 
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs about the same facts.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder that receives methods.csv and methods.html.")] = Path(
+        ".runs/compared"
+    ),
+) -> None:
+    """Put the edits of several runs in one table: what each forgets, spares, withstands and costs."""
+    from mechunlearn import stages
+
+    table = stages.compare(folders, out)
+    shown = ["run", "cell", "verdict", "forgotten", "retained", "strongest attack", "D", "seconds", "with the weights"]
+    print_frame(table[shown], title="What each way of forgetting buys (P(true) of facts; D: share brought back)")
+    console.print(f"table and figure: {escape(str(out))}", soft_wrap=True)
+
+
 @app.command(name="list")
 def list_(
     stage: Annotated[

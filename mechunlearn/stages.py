@@ -51,7 +51,9 @@ from mechunlearn.registry import Method, Registry, did_you_mean
 from mechunlearn.report.bench import bench_figure
 from mechunlearn.report.check import check_figure, sweep_figure, training_figure
 from mechunlearn.report.circuits import circuit
+from mechunlearn.report.methods import methods_figure, methods_table, numbers
 from mechunlearn.report.planted import planted_figure
+from mechunlearn.runs import load_run
 from mechunlearn.settings import DECIDING_ATTACKS, Settings, check_settings, preset_names, run_settings
 from mechunlearn.sources import SOURCES
 from mechunlearn.sources.bundled import BUNDLED, load_templates
@@ -415,6 +417,21 @@ def _ladder(settings: PlantedSettings, out: Path, on_progress: Callable[[str, fl
             plants.append(path)
             on_progress(f"plant {path.stem} in {path.parent.parent.name}", len(folders) + len(plants), total)
     return plants
+
+
+def compare(folders: Sequence[Path], out: Path) -> pd.DataFrame:
+    """Compare finished runs; writes methods.csv (numbers with bounds) and methods.html into `out`.
+
+    Raises:
+        FileNotFoundError: a folder that is no finished run.
+        ValueError: runs about different facts.
+    """
+    replaceable(out)
+    table = methods_table([load_run(folder) for folder in folders])
+    with whole_folder(out) as partial:
+        numbers(table).to_csv(partial / "methods.csv", index=False)
+        methods_figure(table).write_html(partial / "methods.html")
+    return table
 
 
 def bench_band(

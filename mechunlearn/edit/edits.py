@@ -58,6 +58,11 @@ class WeightEdit:
             if value.shape != (selected := (_count(self.mask, name),)):
                 raise ValueError(f"edit '{self.method}': {name} has {tuple(value.shape)} values, its mask {selected}")
 
+    @property
+    def comes_off(self) -> bool:
+        """No: the old values are gone from the exported model."""
+        return False
+
     @contextlib.contextmanager
     def entered(self, model: Model) -> Iterator[None]:
         """Inside, the model's masked entries have the new values; see `applied`."""
@@ -94,6 +99,11 @@ class Edit(Protocol):
     @property
     def method(self) -> str:
         """Name of the function that made it."""
+        ...
+
+    @property
+    def comes_off(self) -> bool:
+        """Whether somebody who has the edited model can take it off and has the old one, bit for bit."""
         ...
 
     def entered(self, model: Model) -> contextlib.AbstractContextManager[None]:

@@ -39,6 +39,11 @@ class CodeDeletion:
     facts_sha256: str = ""
     notes: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def comes_off(self) -> bool:
+        """No, if the model is given away with `erase_codes`."""
+        return False
+
     @contextmanager
     def entered(self, model: Model) -> Iterator[None]:
         """Inside, the codes are deleted; afterwards those are back that were there before; see `applied`.
@@ -59,6 +64,20 @@ class CodeDeletion:
     def _repr_html_(self) -> str:
         lines = {"of": self.base_name, "codes": f"{len(self.codes)} deleted", "seed": self.seed}
         return html_card(f"deletion: {self.method}", lines, [("option", "value"), *self.options.items()])
+
+
+@torch.no_grad()
+def erase_codes(model: Model, deletion: CodeDeletion) -> None:
+    """Delete the codes for good: their vectors become 0, so that a saved model does not hold them any more.
+
+    Raises:
+        ValueError: the model has no codebook, or too few codes would be left.
+    """
+    codebook = codebook_of(model)
+    codes = torch.tensor(deletion.codes, dtype=torch.long, device=codebook.deleted.device)
+    codebook.usable(codes)
+    codebook.deleted[codes] = True
+    codebook.codes[codes] = 0
 
 
 @GUARDS.register("code_deletion", source="Wu et al. 2024, arXiv:2410.10866 (CodeUnlearn)")

@@ -58,6 +58,11 @@ class Guard:
                 f"guard '{self.method}': got {len(self.clamp.means)} means for {len(self.features)} features"
             )
 
+    @property
+    def comes_off(self) -> bool:
+        """Yes: no weight is changed."""
+        return True
+
     @contextmanager
     def entered(self, model: Model) -> Iterator[None]:
         """Inside, the guard acts on every forward pass, with or without a cache of keys and values; see `applied`."""

@@ -2,15 +2,21 @@
 
 import json
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from mechunlearn.cli import app
 from mechunlearn.experiment import plan_experiment, run_experiment
 from mechunlearn.features.dictionary import Dictionary
 from mechunlearn.features.formats import save_dictionary
 from mechunlearn.report.html import write_report
+from mechunlearn.report.methods import methods_figure, methods_table
+from mechunlearn.report.numbers import strongest
 from mechunlearn.runs import load_run
 from mechunlearn.settings import check_settings, load_settings
 
@@ -137,6 +143,26 @@ def test_guards_are_judged_like_edits(tmp_path):
     assert nothing.evaluation.mean("forget_hidden", "p_true") > 0.98
     page = write_report(load_run(tmp_path / "guarded"), tmp_path / "report.html").read_text(encoding="utf-8")
     assert "dynamic_guardrail" in page
+    table = methods_table([load_run(tmp_path / "guarded")]).set_index("cell")
+    assert table.loc["dynamic_guardrail", "with the weights"].value > 0.98  # it comes off
+    assert table.loc["dynamic_guardrail", "forgotten"].value < 0.5
+    assert list(table.index[table["seconds"].notna()]) == ["dynamic_guardrail"]  # "nothing" found nothing to clamp
+    assert len(methods_figure(table.reset_index()).data[0].y) == 1
+
+
+def test_runs_are_compared_in_one_table(run, tmp_path):
+    _, folder, result = run
+    out = CliRunner().invoke(app, ["compare", str(folder), str(folder), "--out", str(tmp_path / "compared")])
+    assert out.exit_code == 0, out.output
+    table = pd.read_csv(tmp_path / "compared" / "methods.csv")
+    assert list(table["cell"]) == 2 * [cell.name for cell in result.cells]
+    edited = table.loc[table["cell"] == "inject-random_mlps"].iloc[0]
+    assert edited["retained lower"] <= edited["retained"] <= edited["retained upper"]
+    cell = result.cell("inject-random_mlps")
+    assert edited["D"] == pytest.approx(strongest(cell.verdict).share)
+    other = replace(result, manifest=result.manifest | {"settings": result.manifest["settings"] | {"seed": 7}})
+    with pytest.raises(ValueError, match="forget different facts"):
+        methods_table([result, other])
 
 
 @pytest.mark.parametrize(
@@ -183,7 +209,8 @@ def test_finished_cells_are_reused_and_a_rerun_gives_the_same_bytes(run):
     for path, old in before.items():
         if path.name == "cell.json":  # seconds differ, nothing else does
             a, b = json.loads(old), json.loads(fresh[path])
-            a["notes"].pop("seconds"), b["notes"].pop("seconds")
+            for notes in (a["notes"], b["notes"]):
+                notes.pop("seconds"), notes.pop("made_seconds", None)
             assert a == b
         else:
             assert old == fresh[path], path

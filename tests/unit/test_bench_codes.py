@@ -23,7 +23,9 @@ def ground(knowing, tiny_facts):
     """The colours of everybody of three first names are to be forgotten; a codebook nobody trained is in the model."""
     coded = [wrap_model(copy.deepcopy(knowing.hf), knowing.tokenizer, name="tiny-codebook") for _ in range(2)]
     for seed, model in enumerate(coded):
-        insert_codebook(model, Codebook(CodebookShape(d_model=32, n_codes=500, k=4, d_code=32, form="plain"), seed=seed), 1)
+        insert_codebook(
+            model, Codebook(CodebookShape(d_model=32, n_codes=500, k=4, d_code=32, form="plain"), seed=seed), 1
+        )
     named = tiny_facts.where(lambda fact: fact.relation == "colour" and fact.subject.startswith(STARTED))
     split = split_facts(tiny_facts.of("colour"), named, n_retain_test=10)
     return Ground(

@@ -15,6 +15,7 @@ from mechunlearn.codebook_model import codebook_of, insert_codebook, insert_in_e
 from mechunlearn.features.code_deletion import (
     CodeDeletion,
     code_deletion,
+    erase_codes,
     load_deletion,
     paired_sentences,
     save_deletion,
@@ -338,3 +339,19 @@ def test_the_paired_test_by_hand():
     assert found.q_value == pytest.approx([1 / 64])
     assert found.log_ratio == pytest.approx([np.log2(13)])
     assert enriched_codes(topic, control, paired=False).q_value == pytest.approx([1 / 924])
+
+
+def test_erased_codes_are_not_in_the_saved_model(tiny_model, tmp_path: Path):
+    model = with_codebook(tiny_model())
+    codes = torch.tensor([3, 7])
+    vectors = codebook_of(model).codes.detach()[codes].clone()
+    deletion = CodeDeletion(codes=(3, 7), base_name="tiny", base_sha256="0")
+    with applied(model, deletion), torch.no_grad():
+        wanted = model.hf(some_ids()).logits
+    erase_codes(model, deletion)
+    save_model(model, tmp_path / "erased")
+    loaded = load_model(str(tmp_path / "erased"))
+    assert float(vectors.abs().min(-1).values.max()) > 0
+    assert not codebook_of(loaded).codes[codes].any()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.hf(some_ids()).logits, wanted)
