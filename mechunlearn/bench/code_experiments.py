@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mechunlearn.bench.guard_experiments import Found, requests
+from mechunlearn.bench.guard_experiments import Found, known_of_requests, requests
 from mechunlearn.bench.guard_ground import Ground
 from mechunlearn.codebook_model import codebook_of
 from mechunlearn.edit.edits import applied
@@ -64,25 +64,16 @@ def more_requests(ground: Ground) -> Found:
 
     seconds: to find the codes of the last one.
     """
-    blocks = requests(ground.split)
-    taken = {fact.key for block in blocks for fact in block}
-    kept = tuple(fact for fact in ground.split.retain_train if fact.key not in taken)
-    near = [fact for fact in ground.parts.get("near", []) if fact.key not in taken]
+    asked = requests(ground.split)
+    yield "deleted", 0, known_of_requests(ground, asked)
     with ExitStack() as deletions:
-        for x in range(len(blocks) + 1):
-            found: dict[str, float] = {}
-            if x:
-                split = replace(
-                    ground.split, forget_shown=blocks[x - 1], forget_hidden=(), attack_dev=(), retain_train=kept
-                )
-                started = time.monotonic()
-                made = _deleted(replace(ground, split=split))
-                found["seconds"] = time.monotonic() - started
-                if made is not None:
-                    deletions.enter_context(applied(ground.model, made))
-            found |= {f"request {i}": ground.p_true(block) for i, block in enumerate(blocks, start=1)}
-            found |= {"near": ground.p_true(near)} if near else {}
-            yield "deleted", x, found | ({"far": ground.p_true(ground.parts["far"])} if "far" in ground.parts else {})
+        for x, split in enumerate(asked, start=1):
+            started = time.monotonic()
+            made = _deleted(replace(ground, split=split))
+            seconds = time.monotonic() - started
+            if made is not None:
+                deletions.enter_context(applied(ground.model, made))
+            yield "deleted", x, known_of_requests(ground, asked) | {"seconds": seconds}
 
 
 def described(ground: Ground) -> Found:

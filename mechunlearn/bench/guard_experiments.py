@@ -12,7 +12,7 @@ from mechunlearn.attack.relearning import relearning
 from mechunlearn.bench.guard_ground import GATED, Ground
 from mechunlearn.edit.edits import Edit, applied
 from mechunlearn.evaluate.generation import generated
-from mechunlearn.facts import Fact, FactSplit
+from mechunlearn.facts import FactSplit
 from mechunlearn.features.gate import TooFewTexts
 from mechunlearn.features.guard import without_clamp
 from mechunlearn.features.selection import NothingFound
@@ -129,35 +129,37 @@ def sequential(ground: Ground) -> Found:
     The requests are the facts of four answers: of the one to forget, and of the three that most facts near to them
     have. "request 1" to "request 4" say what is known of each block, near and far of all others.
     """
-    blocks = requests(ground.split)
-    if len(blocks) < 4:
+    asked = requests(ground.split)
+    if len(asked) < 4:
         return
-    taken = {fact.key for block in blocks for fact in block}
-    kept = tuple(fact for fact in ground.split.retain_train if fact.key not in taken)
-    near = [fact for fact in ground.parts.get("near", []) if fact.key not in taken]
     for arm in ("static", "dsg", "share"):
         with ExitStack() as guards:
-            for x in range(len(blocks) + 1):
-                if x:
-                    split = replace(ground.split, forget_shown=blocks[x - 1], forget_hidden=(), attack_dev=(),
-                                    retain_train=kept)  # fmt: skip
-                    guard = ground.guard(arm, split=split)
-                    guards.enter_context(applied(ground.model, guard))
-                found = {f"request {i}": ground.p_true(block) for i, block in enumerate(blocks, start=1)}
-                found |= {"near": ground.p_true(near)} if near else {}
-                yield arm, x, found | ({"far": ground.p_true(ground.parts["far"])} if "far" in ground.parts else {})
+            yield arm, 0, known_of_requests(ground, asked)
+            for x, split in enumerate(asked, start=1):
+                guards.enter_context(applied(ground.model, ground.guard(arm, split=split)))
+                yield arm, x, known_of_requests(ground, asked)
 
 
-def requests(split: FactSplit, n: int = 4) -> list[tuple[Fact, ...]]:
-    """The facts to forget, and those of the commonest other answers of their relation."""
+def requests(split: FactSplit, n: int = 4) -> list[FactSplit]:
+    """A split of each request: the facts to forget, then those of the commonest other answers of their relation.
+
+    None of them retains what another one is to forget.
+    """
     relation, answers = split.forget[0].relation, {fact.target_true for fact in split.forget}
-    others = Counter(
-        f.target_true for f in split.retain_train if f.relation == relation and f.target_true not in answers
-    )
-    blocks = [tuple(split.forget)]
-    for answer, _ in others.most_common(n - 1):
-        blocks.append(tuple(f for f in split.retain_train if f.relation == relation and f.target_true == answer))
-    return blocks
+    same = [fact for fact in split.retain_train if fact.relation == relation and fact.target_true not in answers]
+    others = [answer for answer, _ in Counter(fact.target_true for fact in same).most_common(n - 1)]
+    blocks = [split.forget, *(tuple(fact for fact in same if fact.target_true == answer) for answer in others)]
+    kept = tuple(fact for fact in split.retain_train if not (fact in same and fact.target_true in others))
+    return [replace(split, forget_shown=block, forget_hidden=(), attack_dev=(), retain_train=kept) for block in blocks]
+
+
+def known_of_requests(ground: Ground, asked: Sequence[FactSplit]) -> dict[str, float]:
+    """P(true) of each request's facts, of facts near to them that none asks for, and of those far from them."""
+    gone = {fact.target_true for split in asked for fact in split.forget}
+    near = [fact for fact in ground.parts.get("near", []) if fact.target_true not in gone]
+    found = {f"request {i}": ground.p_true(ground.drawn(split.forget)) for i, split in enumerate(asked, start=1)}
+    found |= {"near": ground.p_true(near)} if near else {}
+    return found | ({"far": ground.p_true(ground.parts["far"])} if "far" in ground.parts else {})
 
 
 def data_share(ground: Ground) -> Found:

@@ -82,9 +82,10 @@ def test_filler_is_as_long_as_asked(ground):
 
 
 def test_requests_are_whole_answers(ground):
-    blocks = requests(ground.split)
-    assert {fact.target_true for fact in blocks[0]} == {"red"}
-    assert len({fact.target_true for block in blocks for fact in block}) == len(blocks) == 4
+    asked = requests(ground.split)
+    assert asked[0].forget == ground.split.forget
+    assert len({fact.target_true for split in asked for fact in split.forget}) == len(asked) == 4
+    assert not {fact.key for split in asked for fact in split.forget} & {fact.key for fact in asked[0].retain_train}
     few = replace(ground.split, retain_train=())
     assert len(requests(few)) == 1
 
