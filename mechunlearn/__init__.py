@@ -6,15 +6,16 @@
        |                     +--------------- figures / notebooks <------------+        v
        +-- never-knew twin ----------> verdict <-- attack, evaluate (never see hidden facts before scoring)
 
-Five verbs (localize, edit, evaluate, attack, report) are packages, because methods multiply there; everything passed
-between them is a frozen noun in one file. Importing this package loads neither torch nor TransformerLens.
+Five verbs (localize, edit, evaluate, attack, report) are packages, because methods multiply there, and so is `features`
+(guards of activations); everything passed between them is a frozen noun in one file. Importing this package loads
+neither torch nor TransformerLens.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mechunlearn import attack, edit, evaluate, localize, report
+    from mechunlearn import attack, edit, evaluate, features, localize, report
     from mechunlearn.checkpoints import load_model, save_model
     from mechunlearn.components import Component, ComponentScores
     from mechunlearn.edit.edits import WeightEdit, applied, export_edit, load_edit, save_edit
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mechunlearn.edit.stack_files import load_stack, save_stack
     from mechunlearn.explorer import explore
     from mechunlearn.facts import Fact, FactSet, FactSplit, split_facts, with_edit_targets
+    from mechunlearn.features.guard import Guard, attach, load_guard, save_guard
     from mechunlearn.masks import ParameterMask, mask_of, select_components
     from mechunlearn.models import Model, wrap_model
     from mechunlearn.random_masks import random_mask_like, random_matrices
@@ -39,23 +41,27 @@ _HOME = {
     "Fact": "facts",
     "FactSet": "facts",
     "FactSplit": "facts",
+    "Guard": "features.guard",
     "Model": "models",
     "ParameterMask": "masks",
     "Verdict": "verdict",
     "WeightEdit": "edit.edits",
     "applied": "edit.edits",
+    "attach": "features.guard",
     "decide": "verdict",
     "edit_sequentially": "edit.sequential",
     "explore": "explorer",
     "export_edit": "edit.edits",
     "load_edit": "edit.edits",
     "load_facts": "sources.loading",
+    "load_guard": "features.guard",
     "load_model": "checkpoints",
     "load_stack": "edit.stack_files",
     "mask_of": "masks",
     "random_mask_like": "random_masks",
     "random_matrices": "random_masks",
     "save_edit": "edit.edits",
+    "save_guard": "features.guard",
     "save_model": "checkpoints",
     "save_stack": "edit.stack_files",
     "select_components": "masks",
@@ -65,7 +71,7 @@ _HOME = {
     "with_edit_targets": "facts",
     "wrap_model": "models",
 }
-_VERBS = ("attack", "edit", "evaluate", "localize", "report")
+_VERBS = ("attack", "edit", "evaluate", "features", "localize", "report")
 
 __all__ = [
     "Component",
@@ -74,11 +80,13 @@ __all__ = [
     "Fact",
     "FactSet",
     "FactSplit",
+    "Guard",
     "Model",
     "ParameterMask",
     "Verdict",
     "WeightEdit",
     "applied",
+    "attach",
     "attack",
     "decide",
     "edit",
@@ -86,8 +94,10 @@ __all__ = [
     "evaluate",
     "explore",
     "export_edit",
+    "features",
     "load_edit",
     "load_facts",
+    "load_guard",
     "load_model",
     "load_stack",
     "localize",
@@ -96,6 +106,7 @@ __all__ = [
     "random_matrices",
     "report",
     "save_edit",
+    "save_guard",
     "save_model",
     "save_stack",
     "select_components",

@@ -173,6 +173,24 @@ def edit(
 
 
 @app.command()
+def guard(
+    out: OutOption,
+    model: ModelOption = "atlas",
+    facts: FactsOption = "sport-hockey",
+    forgotten: ForgottenOption = None,
+    method: MethodOption = "dynamic_guardrail",
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    set_: SetOption = None,
+) -> None:
+    """Guard activations, or delete codes of a codebook model; no weight changes. For `attack --edit`."""
+    from mechunlearn import stages
+
+    table = stages.guard(model, stages.chosen(facts, forgotten), method or "", pairs_of(set_), device=device, out=out)
+    print_frame(table, title=f"{method}: before and inside")
+    console.print(f"guard: {escape(str(out))}", soft_wrap=True)
+
+
+@app.command()
 def undo(
     folder: Annotated[Path, typer.Argument(help="A folder of several edits, written by `edit --on`.")],
     out: OutOption,
@@ -265,8 +283,8 @@ def list_(
     stage: Annotated[
         str | None,
         typer.Argument(
-            help="localizers, editors, attacks, suppressions, sources, presets, study presets, study models, models or "
-            "forget sets."
+            help="localizers, editors, guards, feature rules, attacks, suppressions, sources, presets, study presets, "
+            "study models, models or forget sets."
         ),
     ] = None,
 ) -> None:

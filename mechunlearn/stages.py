@@ -37,6 +37,9 @@ from mechunlearn.evaluate import drift, evaluate, take_baseline
 from mechunlearn.experiment import Stage, prepare, process_pool
 from mechunlearn.experiment import localize as run_localizer
 from mechunlearn.facts import FactSplit
+from mechunlearn.features import GUARDS
+from mechunlearn.features.guard_files import load_from, save_in
+from mechunlearn.features.selection import FEATURE_RULES
 from mechunlearn.files import replaceable, whole_folder
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.edges import EdgeScores, edge_attribution_patching
@@ -71,7 +74,8 @@ CHECKPOINT_ATTACKS: Mapping[str, Mapping[str, Any]] = {
 DTYPES = tuple(name for name in get_args(DType) if name != "auto")
 
 REGISTRIES: Mapping[str, Registry] = {
-    "localizers": LOCALIZERS, "editors": EDITORS, "attacks": ATTACKS, "suppressions": SUPPRESSIONS, "sources": SOURCES,
+    "localizers": LOCALIZERS, "editors": EDITORS, "guards": GUARDS, "feature rules": FEATURE_RULES, "attacks": ATTACKS,
+    "suppressions": SUPPRESSIONS, "sources": SOURCES,
 }  # fmt: skip
 
 
@@ -185,8 +189,37 @@ def edit(
         now.to_csv(folder / "evaluation.csv", index=False)
         if export:
             stack.export(stage.model, folder / "checkpoint")
+    return _side_by_side(before, now), drifted
+
+
+def guard(
+    model: str, facts: Mapping[str, str], method: str, options: Mapping[str, Any], *, device: str, out: Path
+) -> pd.DataFrame:
+    """Make a guard of activations, or delete codes; writes it, its splits.json and evaluation.csv into `out`.
+
+    Returns:
+        The model before and inside the guard.
+
+    Raises:
+        NothingFound: no feature or code belongs to the facts.
+    """
+    replaceable(out)
+    stage = _stage(model, facts, device=device, guard={method: dict(options)})
+    measure = partial(evaluate, stage.model, stage.split, original=take_baseline(stage.model, stage.split))
+    made = GUARDS.get(method).function(stage.model, stage.split, **stage.settings.options("guard", method))
+    before = measure().table()
+    with applied(stage.model, made):
+        now = measure().table()
+    with whole_folder(out) as folder:
+        save_in(folder, made)
+        save_splits([stage.split], folder / "splits.json")
+        now.to_csv(folder / "evaluation.csv", index=False)
+    return _side_by_side(before, now)
+
+
+def _side_by_side(before: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
     both = before.merge(now, on=["part", "form", "metric"], suffixes=(" before", " after"))
-    return both.loc[:, ["part", "form", "metric", "mean before", "mean after", "n after"]], drifted
+    return both.loc[:, ["part", "form", "metric", "mean before", "mean after", "n after"]]
 
 
 def undo(folder: Path, *, keep: int, out: Path) -> int:
@@ -256,7 +289,7 @@ def attack(
     device: str,
     out: Path,
 ) -> pd.DataFrame:
-    """Attack a model, edited if an edit or a stack of them is given; writes the attack's record and rows.
+    """Attack a model, inside an edit, a stack of them, a guard or a deletion if given; writes the attack's record.
 
     As in a run, an edit's wrong answers are dropped from the candidates unless the options say otherwise.
     """
@@ -267,7 +300,8 @@ def attack(
     split = stage.split
     with ExitStack() as inside:
         if edit_folder is not None:
-            inside.enter_context(load_stack(edit_folder).applied(stage.model))
+            guard = load_from(edit_folder)
+            inside.enter_context(applied(stage.model, guard) if guard else load_stack(edit_folder).applied(stage.model))
             if (edit_folder / "splits.json").is_file():  # what another edit of the stack forgot is nothing to retain
                 split = split_after(split, _splits_beside(edit_folder))
         result = ATTACKS.get(method).function(stage.model, split, **stage.settings.options("attack", method))

@@ -35,7 +35,7 @@ TEXT_SEED = 9  # other text than the organisms' own training read, of the same f
 FIRST_UNSEEN = 10**6  # a step of text that no training reaches
 MEASURED = 16  # steps
 HOOK_POINTS = ("blocks.3.hook_resid_post",)
-RECIPE = DictionaryRecipe(kind="batchtopk", d_sae=1024, k=16, steps=6000)
+RECIPE = DictionaryRecipe(kind="batchtopk", d_sae=1024, k=16, steps=3000)
 CODEBOOKS: dict[str, tuple[str, CodebookRecipe]] = {
     "atlas-codebook": ("atlas", CodebookRecipe()),
     "atlas-codebook-never-a": ("atlas-never-a", CodebookRecipe()),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from mechunlearn.attack.results import AttackResult
 from mechunlearn.cli import app
 from mechunlearn.experiment import plan_experiment, run_experiment
 from mechunlearn.features.dictionary import Dictionary
@@ -127,14 +128,36 @@ def test_without_a_twin_made_up_facts_are_the_null(tmp_path):
     assert len(anywhere.components) > 0
 
 
-def test_guards_are_judged_like_edits(tmp_path):
-    """With random directions, clamped hard: the facts are not answered any more; and one that finds nothing."""
+@pytest.fixture(scope="module")
+def dictionary(tmp_path_factory):
+    """Random directions of the stream of `atlas`."""
     g = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(64, 128, generator=g), dim=-1)
     weights = {"W_enc": directions.T.clone(), "W_dec": directions, "b_enc": torch.zeros(64), "b_dec": torch.zeros(128)}
     made = Dictionary(kind="relu", weights=weights, hook_point="blocks.3.hook_resid_post", is_folded=True)
-    save_dictionary(made, tmp_path / "dictionary")
-    settings = check_settings(tomllib.loads(GUARDED.replace("FOLDER", str(tmp_path / "dictionary"))), "guarded")
+    folder = tmp_path_factory.mktemp("dictionaries") / "random"
+    save_dictionary(made, folder)
+    return str(folder)
+
+
+def test_a_guard_is_made_kept_and_attacked_on_the_command_line(dictionary, tmp_path):
+    made, attacked = str(tmp_path / "made"), str(tmp_path / "attacked")
+    options = ["gate=none", "strength=3", f"dictionary={dictionary}", "rule=count_difference", "data_share=0.1"]
+    guard = ["guard", "--facts", "sport-hockey", "--out", made, *(word for one in options for word in ("--set", one))]
+    found = CliRunner().invoke(app, [*guard, "--set", "rule_options={least_ratio=0}"])
+    assert found.exit_code == 0, found.output
+    inside = pd.read_csv(Path(made) / "evaluation.csv").set_index(["part", "form", "metric"])["mean"]
+    assert inside["forget_hidden", "prompt", "p_true"] < 0.5
+    attack = ["attack", "--facts", "sport-hockey", "--method", "asking", "--edit", made, "--out", attacked]
+    found = CliRunner().invoke(app, attack)
+    assert found.exit_code == 0, found.output
+    result = AttackResult.load(Path(attacked) / "asking")
+    assert sum(result.hidden_before().values()) < 0.6 * len(result.hidden_before())
+
+
+def test_guards_are_judged_like_edits(dictionary, tmp_path):
+    """With random directions, clamped hard: the facts are not answered any more; and one that finds nothing."""
+    settings = check_settings(tomllib.loads(GUARDED.replace("FOLDER", dictionary)), "guarded")
     assert list(plan_experiment(settings)["arms"]["budget"]) == ["none: the weights stay"] * 2
     result = run_experiment(settings, tmp_path / "guarded")
     original, clamped, nothing = (result.cell(name) for name in ("original", "dynamic_guardrail", "nothing"))

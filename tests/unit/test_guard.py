@@ -12,9 +12,11 @@ from mechunlearn import applied
 from mechunlearn.activations import hooked, read
 from mechunlearn.features.attached import attached
 from mechunlearn.features.clamp import Clamp
+from mechunlearn.features.code_deletion import CodeDeletion
 from mechunlearn.features.dictionary import Dictionary, Kind
 from mechunlearn.features.gate import Gate, calibrated
 from mechunlearn.features.guard import Guard, attach, load_guard, narrowed, save_guard, without_clamp
+from mechunlearn.features.guard_files import load_from, save_in
 from mechunlearn.features.hook_points import KINDS, place_of_hook, width_at
 from mechunlearn.models import Model, NotSupported
 
@@ -329,3 +331,15 @@ def test_a_replaced_middle_stream_is_all_that_later_layers_see(tiny_model):
     with attached(model, ("mid", 1), lambda x, seen: x):
         same = logits_of(model, a)
     assert torch.equal(same, logits_of(model, a))
+
+
+def test_a_folder_holds_a_guard_or_a_deletion_or_neither(tmp_path: Path):
+    deletion = CodeDeletion(codes=(3, 1), base_name="tiny", base_sha256="0")
+    for name, made in (("guard", a_guard()), ("deletion", deletion)):
+        (tmp_path / name).mkdir()
+        save_in(tmp_path / name, made)
+    assert load_from(tmp_path / "deletion") == deletion
+    loaded = load_from(tmp_path / "guard")
+    assert isinstance(loaded, Guard)
+    assert (loaded.features, loaded.gate, loaded.comes_off) == (a_guard().features, a_guard().gate, True)
+    assert load_from(tmp_path) is None

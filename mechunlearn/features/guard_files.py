@@ -1,0 +1,28 @@
+"""Guards and deletions in folders, as the command line keeps them."""
+
+from pathlib import Path
+
+from mechunlearn.edit.edits import Edit
+from mechunlearn.features.code_deletion import CodeDeletion, load_deletion, save_deletion
+from mechunlearn.features.guard import Guard, load_guard, save_guard
+
+GUARD, DELETION = "guard.safetensors", "deletion.json"
+
+
+def save_in(folder: Path, made: Guard | CodeDeletion) -> None:
+    """Write a guard or a deletion into a folder."""
+    if isinstance(made, Guard):
+        save_guard(made, folder / GUARD)
+    else:
+        save_deletion(made, folder / DELETION)
+
+
+def load_from(folder: Path) -> Edit | None:
+    """What `save_in` wrote; None where the folder holds neither.
+
+    Raises:
+        ValueError: a file of that name that is something else.
+    """
+    if (folder / GUARD).is_file():
+        return load_guard(folder / GUARD)
+    return load_deletion(folder / DELETION) if (folder / DELETION).is_file() else None
