@@ -19,6 +19,7 @@ from mechunlearn.features.guard import Guard, attach, load_guard, narrowed, save
 from mechunlearn.features.guard_files import load_from, save_in
 from mechunlearn.features.hook_points import KINDS, place_of_hook, width_at
 from mechunlearn.models import Model, NotSupported
+from mechunlearn.report.gates import gate_figure
 
 HOOK = "blocks.1.hook_resid_post"
 FAMILIES = ("gpt2", "gpt_neo", "gpt_neox", "llama", "gemma2", "qwen3")
@@ -343,3 +344,21 @@ def test_a_folder_holds_a_guard_or_a_deletion_or_neither(tmp_path: Path):
     assert isinstance(loaded, Guard)
     assert (loaded.features, loaded.gate, loaded.comes_off) == (a_guard().features, a_guard().gate, True)
     assert load_from(tmp_path) is None
+
+
+def test_the_gate_is_drawn_as_it_decides(tiny_model):
+    model, texts = tiny_model("llama"), ["The favourite colour of Bram Norberg is", "Cora Marlowe lives in the city of"]
+    guard = a_guard(gate=Gate(kind="share", threshold=0.2))
+    figure = gate_figure(model, guard, texts)
+    place = place_of_hook(model, HOOK)
+    for trace, text in zip(figure.data, texts, strict=True):
+        ids = torch.tensor([model.tokenizer(text)["input_ids"]])
+        with hooked(model, change={place: lambda x: x}), torch.no_grad():
+            plain = read(model, ids, place)
+        with applied(model, guard):
+            changed = read(model, ids, place)
+        filled = [symbol == "circle" for symbol in trace.marker.symbol]
+        assert filled == (plain != changed).any(-1)[0].tolist()
+    assert any("circle" in trace.marker.symbol for trace in figure.data)
+    with pytest.raises(ValueError, match="always open"):
+        gate_figure(model, a_guard(gate=None), texts)
