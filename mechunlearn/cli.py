@@ -147,7 +147,10 @@ def edit(
     components: Annotated[
         str | None, typer.Option("--components", help="Instead of scores: m2,m3 or a5.h1,...")
     ] = None,
-    budget: Annotated[float, typer.Option("--budget", help="Share of MLP and attention parameters to edit.")] = 0.2,
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", help="With --scores: share of MLP and attention parameters to edit; default 0.2."),
+    ] = None,
     on: Annotated[
         Path | None,
         typer.Option("--on", help="Folder of an earlier `edit`: go on from there; --out gets all edits and drift.csv."),
@@ -167,7 +170,16 @@ def edit(
     if drift is None:
         console.print(f"edit: {escape(str(out / 'edit.safetensors'))}")
         return
-    shown = ["step", "block", "forgotten", "p_true", "accuracy", "retained_accuracy", "kl_retained", "perplexity_ratio"]
+    shown = [
+        "step",
+        "block",
+        "forgotten",
+        "edit_success",
+        "p_true",
+        "retained_accuracy",
+        "kl_retained",
+        "perplexity_ratio",
+    ]
     print_frame(drift[shown], title="After each edit: the facts of every block, and what was to stay")
     console.print(f"edits and drift.csv: {escape(str(out))}", soft_wrap=True)
 
@@ -200,7 +212,7 @@ def undo(
     from mechunlearn import stages
 
     undone = stages.undo(folder, keep=keep, out=out)
-    console.print(f"{undone} edits undone, {keep} left: {escape(str(out))}", soft_wrap=True)
+    console.print(f"{undone} edit{'s' * (undone > 1)} undone, {keep} left: {escape(str(out))}", soft_wrap=True)
 
 
 @app.command()
@@ -216,7 +228,9 @@ def attack(
         str | None, typer.Option("--original", help="What the model was made of: judge it, with controls and a report.")
     ] = None,
     twin: TwinOption = None,
-    edited: Annotated[Path | None, typer.Option("--edit", help="Folder that `edit` wrote, applied first.")] = None,
+    edited: Annotated[
+        Path | None, typer.Option("--edit", help="Folder that `edit` or `guard` wrote, applied first.")
+    ] = None,
     device: Annotated[str, typer.Option("--device")] = "auto",
     set_: SetOption = None,
 ) -> None:

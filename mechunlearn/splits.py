@@ -44,6 +44,21 @@ def split_after(split: FactSplit, earlier: Sequence[FactSplit]) -> FactSplit:
     )
 
 
+def together(splits: Sequence[FactSplit]) -> FactSplit:
+    """One split of what several edits in sequence forgot, for an attack on all of them; it retains what the last keeps.
+
+    Args:
+        splits: as `in_sequence` (and `edit --on`) makes them.
+    """
+    taken: set[tuple[str, str, str]] = set()
+    parts: dict[str, tuple[Fact, ...]] = {}
+    for part in ("forget_hidden", "attack_dev", "forget_shown"):  # what is hidden in one must be shown in none
+        facts = {fact.key: fact for split in splits for fact in getattr(split, part) if fact.key not in taken}
+        taken |= facts.keys()
+        parts[part] = tuple(facts.values())
+    return replace(splits[-1], **parts)
+
+
 def in_sequence(splits: Sequence[FactSplit]) -> tuple[FactSplit, ...]:
     """The splits as edits made in this order need them: each `split_after` those before it."""
     ordered: list[FactSplit] = []

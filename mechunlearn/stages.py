@@ -61,7 +61,7 @@ from mechunlearn.settings import DECIDING_ATTACKS, Settings, check_settings, pre
 from mechunlearn.sources import SOURCES
 from mechunlearn.sources.bundled import BUNDLED, load_templates
 from mechunlearn.sources.loading import load_facts
-from mechunlearn.splits import load_splits, save_splits, split_after
+from mechunlearn.splits import load_splits, save_splits, split_after, together
 from mechunlearn.study.settings import load_study, load_study_model, study_models, study_presets
 
 CHECKPOINT_ATTACKS: Mapping[str, Mapping[str, Any]] = {
@@ -73,6 +73,7 @@ CHECKPOINT_ATTACKS: Mapping[str, Mapping[str, Any]] = {
 
 DTYPES = tuple(name for name in get_args(DType) if name != "auto")
 
+BUDGET = 0.2  # of MLP and attention parameters, for an edit of what was localized
 REGISTRIES: Mapping[str, Registry] = {
     "localizers": LOCALIZERS, "editors": EDITORS, "guards": GUARDS, "feature rules": FEATURE_RULES, "attacks": ATTACKS,
     "suppressions": SUPPRESSIONS, "sources": SOURCES,
@@ -144,7 +145,7 @@ def edit(
     *,
     scores: Path | None,
     components: str | None,
-    budget: float,
+    budget: float | None,
     export: bool,
     device: str,
     out: Path,
@@ -161,9 +162,18 @@ def edit(
     replaceable(out)
     if (scores is None) == (components is None):
         raise ValueError("edit: give either --scores (a file that `localize` wrote) or --components (such as m2,m3)")
+    if components is not None and budget is not None:
+        raise ValueError(
+            f"edit: got --budget {budget} beside --components, which are all edited; leave one of them out"
+        )
     earlier = load_stack(on) if on is not None else None
     splits = _splits_beside(on) if on is not None else ()
     stage = _stage(model, facts, device=device, edit={method: dict(options)})
+    if again := {fact.key for one in splits for fact in one.forget} & {fact.key for fact in stage.split.forget}:
+        raise ValueError(
+            f"edit: {len(again)} of {len(stage.split.forget)} facts, first {min(again)}, were forgotten by an earlier "
+            f"edit in {on}; give other ones (--forgotten)"
+        )
     split = split_after(stage.split, splits)
     stack = earlier if earlier is not None else EditStack.of(stage.model)
     baseline = take_baseline(stage.model, split)
@@ -172,7 +182,7 @@ def edit(
         if components is not None:
             mask = mask_of(stage.model, [Component.parse(name.strip()) for name in components.split(",")])
         else:
-            mask = select_components(ComponentScores.load(scores or ""), stage.model, budget=budget)
+            mask = select_components(ComponentScores.load(scores or ""), stage.model, budget=budget or BUDGET)
         before = measure().table()
         made = EDITORS.get(method).function(stage.model, mask, split, **stage.settings.options("edit", method))
         with applied(stage.model, made):
@@ -226,8 +236,11 @@ def undo(folder: Path, *, keep: int, out: Path) -> int:
     """Write the first `keep` edits of a stack that `edit --on` wrote into `out`; returns how many were undone."""
     replaceable(out)
     stack, splits = load_stack(folder), _splits_beside(folder)
-    if not 1 <= keep <= len(stack):
-        raise ValueError(f"undo: got --keep {keep}, allowed: 1 to {len(stack)}, the number of edits in {folder}")
+    if len(stack) < 2:
+        raise ValueError(f"undo: {folder} holds a single edit; the model without it is the original")
+    if not 1 <= keep < len(stack):
+        some = "1" if len(stack) == 2 else f"1 to {len(stack) - 1}"
+        raise ValueError(f"undo: got --keep {keep}, allowed: {some} of the {len(stack)} edits in {folder}")
     found = folder / "drift.csv"
     drifted = pd.read_csv(found, keep_default_na=False) if found.is_file() else None
     with whole_folder(out) as partial_folder:
@@ -291,19 +304,31 @@ def attack(
 ) -> pd.DataFrame:
     """Attack a model, inside an edit, a stack of them, a guard or a deletion if given; writes the attack's record.
 
-    As in a run, an edit's wrong answers are dropped from the candidates unless the options say otherwise.
+    As in a run, an edit's wrong answers are dropped from the candidates unless the options say otherwise. Attacked for
+    the facts that a forget set or a file names; without either, for all that the edits in the folder forgot.
+
+    Raises:
+        ValueError: an edit, and nothing that says what it forgot.
     """
     replaceable(out)
     if twin is not None:
         raise ValueError("attack: got --twin without --original; a twin is for the verdict on a checkpoint")
+    says = bool(facts.get("forget") or facts.get("forgotten"))
+    kept = edit_folder is not None and (edit_folder / "splits.json").is_file()
+    if edit_folder is not None and not (says or kept):
+        raise ValueError(
+            f"attack: neither {edit_folder} (no splits.json) nor --facts {facts['source']} says what was forgotten; "
+            "give the facts that were (--forgotten)"
+        )
     stage = _stage(model, facts, device=device, attack={method: {"drop_targets": edit_folder is not None, **options}})
     split = stage.split
     with ExitStack() as inside:
         if edit_folder is not None:
             guard = load_from(edit_folder)
             inside.enter_context(applied(stage.model, guard) if guard else load_stack(edit_folder).applied(stage.model))
-            if (edit_folder / "splits.json").is_file():  # what another edit of the stack forgot is nothing to retain
-                split = split_after(split, _splits_beside(edit_folder))
+        if edit_folder is not None and kept:  # what another edit of the stack forgot is nothing to retain
+            earlier = _splits_beside(edit_folder)
+            split = split_after(split, earlier) if says else together(earlier)
         result = ATTACKS.get(method).function(stage.model, split, **stage.settings.options("attack", method))
     with whole_folder(out) as folder:
         result.save(folder / method)

@@ -69,6 +69,10 @@ def arms_figure(tables: StudyTables, preset: str) -> go.Figure:
     return styled(figure, f"{preset}: every arm", subtitle, height=220 + 30 * len(arms))
 
 
+SHORT = {DOES_NOT: "against", OPEN: "open", HOLDS: "for"}
+"""Of one comparison; that a claim holds is said of all of them together."""
+
+
 def claims_figure(claims: pd.DataFrame) -> go.Figure:
     """Claim by claim, against which arm and in which preset fact lookup keeps what the paper says of it."""
     quick = claims.loc[claims["level"] == "quick"]
@@ -82,7 +86,7 @@ def claims_figure(claims: pd.DataFrame) -> go.Figure:
         own = {(r["preset"], r["against"]): r for r in quick.loc[quick["claim"] == claim.name].to_dict("records")}
         z = [[words.index(own[p, a]["word"]) if (p, a) in own else None for a in arms] for p in presets]
         text = [[own[p, a]["why"] if (p, a) in own else "" for a in arms] for p in presets]
-        shown = [[own[p, a]["word"].replace(" here", "") if (p, a) in own else "" for a in arms] for p in presets]
+        shown = [[SHORT[own[p, a]["word"]] if (p, a) in own else "" for a in arms] for p in presets]
         figure.add_trace(
             go.Heatmap(
                 z=z, x=arms, y=presets, zmin=0, zmax=2, showscale=False, xgap=2, ygap=2, text=shown, hovertext=text,

@@ -61,7 +61,11 @@ def study_tables(parts: Sequence[Part]) -> StudyTables:
     """
     done = [part for part in parts if is_finished(part)]
     if not done:
-        raise ValueError("study: no preset is finished; run `mechunlearn study run` first, it goes on where it stopped")
+        names = ", ".join(part.study.name for part in parts)
+        raise ValueError(
+            f"study: none of {names} is finished in {parts[0].home.parent}; `mechunlearn study run NAME` (same "
+            "--seeds) goes on where it stopped, `study report NAME` reports another one"
+        )
     found = {part.study.name: lines(part, tuned(part)) for part in done}
     rows: Any = pd.concat([study_rows(found[part.study.name], part.home) for part in done], ignore_index=True)
     drawn = _draws(rows)

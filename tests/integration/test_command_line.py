@@ -9,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 import pandas as pd
 import pytest
 
+from mechunlearn.attack.results import AttackResult
 from mechunlearn.checkpoints import load_model, save_model
 from mechunlearn.cli import main
 from mechunlearn.cli_console import showing_progress
@@ -213,6 +214,7 @@ def test_an_edit_on_an_edit_is_a_stack_that_is_attacked_and_undone(tmp_path):
         ["edit", *common, *first, *quick, "--components", "m1", "--out", "once"],
         ["edit", *common, *second, *quick, "--components", "m1,m2", "--on", "once", "--out", "twice", "--export"],
         ["attack", *common, *first, "--method", "logit_lens", "--edit", "twice", "--out", "attacked"],
+        ["attack", *common, "--method", "logit_lens", "--edit", "twice", "--out", "both"],
         ["undo", "twice", "--keep", "1", "--out", "undone"],
     ):
         result = _run(arguments, tmp_path)
@@ -232,10 +234,21 @@ def test_an_edit_on_an_edit_is_a_stack_that_is_attacked_and_undone(tmp_path):
     first_split, second_split = load_splits(tmp_path / "twice" / "splits.json")
     assert not {f.subject for f in second_split.retain_train} & {f.subject for f in first_split.forget}
     assert len(pd.read_csv(tmp_path / "undone" / "drift.csv")) == 2
+    for name, forgotten in (("attacked", table[:20]), ("both", table[:40])):  # as told; else what the edits forgot
+        hidden = set(AttackResult.load(tmp_path / name / "logit_lens").final()["subject"])
+        assert hidden < set(forgotten["subject"])
+    assert hidden & set(table["subject"][:20])
+    assert hidden & set(table["subject"][20:40])
+    edit = ["edit", *common, *quick, "--components", "m1", "--out", "out"]
+    _says_one_line(_run([*edit, *first, "--on", "once"], tmp_path), tmp_path, "were forgotten by an earlier edit")
+    _says_one_line(_run([*edit, *first, "--budget", "0.1"], tmp_path), tmp_path, "got --budget 0.1 beside --components")
+    _says_one_line(_run(["undo", "once", "--keep", "1", "--out", "out"], tmp_path), tmp_path, "holds a single edit")
     (tmp_path / "once" / "splits.json").unlink()
+    attack = ["attack", *common, "--method", "logit_lens", "--edit", "once", "--out", "out"]
+    _says_one_line(_run(attack, tmp_path), tmp_path, "says what was forgotten")
     refused = ["edit", *common, *second, *quick, "--components", "m1", "--on", "once", "--out", "out"]
     _says_one_line(_run(refused, tmp_path), tmp_path, "has no splits.json")
-    _says_one_line(_run(["undo", "twice", "--keep", "3", "--out", "out"], tmp_path), tmp_path, "allowed: 1 to 2")
+    _says_one_line(_run(["undo", "twice", "--keep", "3", "--out", "out"], tmp_path), tmp_path, "allowed: 1 of the 2")
 
 
 def test_edges_are_scored_printed_and_drawn(tmp_path):
