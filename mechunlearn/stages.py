@@ -182,7 +182,8 @@ def edit(
         if components is not None:
             mask = mask_of(stage.model, [Component.parse(name.strip()) for name in components.split(",")])
         else:
-            mask = select_components(ComponentScores.load(scores or ""), stage.model, budget=budget or BUDGET)
+            share = BUDGET if budget is None else budget
+            mask = select_components(ComponentScores.load(scores or ""), stage.model, budget=share)
         before = measure().table()
         made = EDITORS.get(method).function(stage.model, mask, split, **stage.settings.options("edit", method))
         with applied(stage.model, made):

@@ -199,6 +199,8 @@ def test_ones_own_facts_are_localized_edited_and_attacked(tmp_path):
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "edited" / "checkpoint" / "model.safetensors").is_file()
     assert "hidden facts" in result.stdout
+    nothing = ["edit", *common, *quick, "--scores", "scores/scores.safetensors", "--budget", "0", "--out", "out"]
+    _says_one_line(_run(nothing, tmp_path), tmp_path, "budget: got 0")
 
 
 def test_an_edit_on_an_edit_is_a_stack_that_is_attacked_and_undone(tmp_path):
