@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -80,7 +80,7 @@ def dilution(ground: Ground) -> Found:
         facts = [replace(fact, prompt=filler(ground.model, n, i) + fact.prompt)
                  for i, fact in enumerate(ground.parts["forget"])]  # fmt: skip
         for arm, guard in guards.items():
-            with nullcontext() if guard is None else applied(ground.model, guard):
+            with ground.inside(guard):
                 yield arm, n, {"forget": ground.p_true(facts)}
 
 
@@ -110,8 +110,8 @@ def generation(ground: Ground) -> Found:
     for arm, guard in guards.items():
         found: dict[str, float] = {}
         for part, facts in ground.parts.items():
-            prompts = [fact.prompt.format(fact.subject) for fact in facts]
-            with nullcontext() if guard is None else applied(ground.model, guard):
+            prompts = [fact.ask(fact.prompt) for fact in facts]
+            with ground.inside(guard):
                 texts = generated(hf, tokenizer, prompts, max_new_tokens=24)
             named = [fact.target_true.lower() in text.lower() for fact, text in zip(facts, texts, strict=True)]
             found[f"{part} named"] = float(np.mean(named))
@@ -149,7 +149,8 @@ def requests(split: FactSplit, n: int = 4) -> list[FactSplit]:
     same = [fact for fact in split.retain_train if fact.relation == relation and fact.target_true not in answers]
     others = [answer for answer, _ in Counter(fact.target_true for fact in same).most_common(n - 1)]
     blocks = [split.forget, *(tuple(fact for fact in same if fact.target_true == answer) for answer in others)]
-    kept = tuple(fact for fact in split.retain_train if not (fact in same and fact.target_true in others))
+    asked = {fact.key for block in blocks for fact in block}
+    kept = tuple(fact for fact in split.retain_train if fact.key not in asked)
     return [replace(split, forget_shown=block, forget_hidden=(), attack_dev=(), retain_train=kept) for block in blocks]
 
 
@@ -196,7 +197,7 @@ def relearned(ground: Ground) -> Found:
     quick: dict[str, Any] = {"kinds": ("full",), "learning_rates": (3e-4, 1e-3), "steps": 40, "seed": ground.seed}
     for arm in ("removed", "static", "dsg", "share"):
         guard = None if arm == "removed" else ground.guard(arm)
-        with nullcontext() if guard is None else applied(ground.model, guard):
+        with ground.inside(guard):
             yield arm, 0.0, {"hidden": ground.p_true(ground.split.forget_hidden)}
             result = relearning(ground.model, ground.split, **quick)
             yield arm, 1.0, {"hidden": float(np.mean(list(result.hidden_scores().values())))}

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -91,16 +92,19 @@ class Ground:
             return list(facts)
         return random.Random(f"ground|{self.seed}").sample(list(facts), self.max_facts)
 
+    def inside(self, edit: Edit | None) -> AbstractContextManager[object]:
+        """The model under an edit, or as it is."""
+        return nullcontext() if edit is None else applied(self.model, edit)
+
     def measured(self, edit: Edit | None) -> dict[str, float]:
         """Of the model under an edit: mean P(true | candidates) of every part by prompt, and of `forget` otherwise.
 
         variants: mean over the other forms that the facts to forget have (but for multiple choice). perplexity: on
         neutral text, over the unedited model's.
         """
-        if edit is None:
-            return self._measured() | {"perplexity": 1.0}
-        with applied(self.model, edit):
-            return self._measured() | {"perplexity": self._perplexity() / self.plain_perplexity}
+        plain = self.plain_perplexity  # measured before the edit is on, as it is kept
+        with self.inside(edit):
+            return self._measured() | {"perplexity": self._perplexity() / plain}
 
     def _measured(self) -> dict[str, float]:
         found = {name: self.p_true(facts) for name, facts in self.parts.items()}

@@ -10,10 +10,12 @@ from mechunlearn.bench.guard_experiments import EXPERIMENTS, dilution, filler, g
 from mechunlearn.bench.guard_ground import Ground
 from mechunlearn.bench.guards import GuardBench, bench_guards, summary
 from mechunlearn.checkpoints import save_model
+from mechunlearn.edit.edits import applied
 from mechunlearn.facts import split_facts
 from mechunlearn.features.dictionary import Dictionary
 from mechunlearn.features.formats import save_dictionary
-from mechunlearn.metrics import score_facts
+from mechunlearn.metrics import perplexity, score_facts
+from mechunlearn.organisms.neutral import neutral_text
 from mechunlearn.prompts import encode
 from mechunlearn.report.guards import guards_figure
 
@@ -48,6 +50,15 @@ def test_of_the_unedited_model_it_measures_what_the_metrics_say(ground):
     assert found["perplexity"] == 1.0
     assert {fact.target_true for fact in ground.parts["near"]}.isdisjoint({"red"})
     assert len(ground.parts["near"]) == 8
+
+
+def test_perplexity_is_over_that_of_the_model_without_the_guard(ground):
+    fresh = replace(ground)  # which has measured nothing yet
+    found = fresh.measured(ground.guard("random", mode="all_on_hot", strength=5.0))
+    with applied(ground.model, ground.guard("random", mode="all_on_hot", strength=5.0)):
+        inside = perplexity(ground.model, neutral_text(40, 1))
+    assert found["perplexity"] == pytest.approx(inside / perplexity(ground.model, neutral_text(40, 1)))
+    assert abs(found["perplexity"] - 1) > 0.01  # of the tiny model, which never read neutral text, it falls
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
