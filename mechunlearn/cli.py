@@ -170,16 +170,8 @@ def edit(
     if drift is None:
         console.print(f"edit: {escape(str(out / 'edit.safetensors'))}")
         return
-    shown = [
-        "step",
-        "block",
-        "forgotten",
-        "edit_success",
-        "p_true",
-        "retained_accuracy",
-        "kl_retained",
-        "perplexity_ratio",
-    ]
+    shown = ["step", "block", "forgotten", "edit_success", "p_true", "retained_accuracy", "kl_retained",
+             "perplexity_ratio"]  # fmt: skip
     print_frame(drift[shown], title="After each edit: the facts of every block, and what was to stay")
     console.print(f"edits and drift.csv: {escape(str(out))}", soft_wrap=True)
 

@@ -22,6 +22,7 @@ from mechunlearn.features.bundled import dictionary_of
 from mechunlearn.features.quality import check_fits
 from mechunlearn.files import whole_file
 from mechunlearn.metrics import known_facts
+from mechunlearn.models import Model
 from mechunlearn.statistics import seed_interval
 
 # pandas has no complete types
@@ -55,16 +56,23 @@ class GuardBench:
 
 
 @cache
+def known_of(bench: GuardBench) -> tuple[Model, frozenset[tuple[str, str, str]], dict[str, Model]]:
+    """The model, the keys of the facts that it knows, and the models beside it; of every seed the same."""
+    model = load_model(bench.model, device=bench.device)
+    known = frozenset(fact.key for fact in known_facts(model, (*bench.facts, *bench.far)))
+    return model, known, {what: load_model(name, device=bench.device) for what, name in bench.beside}
+
+
+@cache
 def ground_of(bench: GuardBench, seed: int) -> Ground:
     """The deal of a seed, of the facts that the model knows."""
-    model = load_model(bench.model, device=bench.device)
-    known = {fact.key for fact in known_facts(model, (*bench.facts, *bench.far))}
+    model, known, beside = known_of(bench)
     forget = [fact for fact in bench.forget if fact.key in known]
     split = split_facts(bench.facts.where(lambda fact: fact.key in known), forget, seed=seed)
     return Ground(
         model=model, split=split, dictionary=bench.dictionary,
         far=tuple(fact for fact in bench.far if fact.key in known), topic=bench.topic, seed=seed,
-        max_facts=bench.max_facts, beside={what: load_model(name, device=bench.device) for what, name in bench.beside},
+        max_facts=bench.max_facts, beside=beside,
     )  # fmt: skip
 
 
@@ -74,7 +82,7 @@ def measure(bench: GuardBench, experiment: str, seed: int, path: Path) -> Path:
         rows: list[dict[str, Any]] = []
         for arm, x, values in (EXPERIMENTS | CODE_EXPERIMENTS)[experiment](ground_of(bench, seed)):
             about = {"experiment": experiment, "arm": arm, "x": x, "seed": seed}
-            rows += [about | {"measure": measure, "value": value} for measure, value in values.items()]
+            rows += [about | {"measure": name, "value": value} for name, value in values.items()]
         columns = pd.Index(["experiment", "arm", "x", "seed", "measure", "value"])
         with whole_file(path) as partial:
             pd.DataFrame(rows, columns=columns).to_csv(partial, index=False)
@@ -87,9 +95,10 @@ def bench_guards(
 ) -> pd.DataFrame:  # fmt: skip
     """Every experiment under every seed: experiment, arm, x, seed, measure, value; goes on where it stopped."""
     ground = ground_of(bench, 0)  # what does not fit is told before anything is begun
-    check_fits(ground.model, dictionary_of(ground.model, bench.dictionary)) if bench.dictionary else codebook_of(
-        ground.model
-    )
+    if bench.dictionary is None:
+        codebook_of(ground.model)
+    else:
+        check_fits(ground.model, dictionary_of(ground.model, bench.dictionary))
     parts = out / bench.digest()
     parts.mkdir(parents=True, exist_ok=True)
     todo = [(name, seed, parts / f"{name}-{seed}.csv") for seed, name in product(range(seeds), experiments)]

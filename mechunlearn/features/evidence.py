@@ -60,7 +60,6 @@ class Evidence:
 
     dictionary: Dictionary
     seed: int
-    data_share: float
     forget: FeatureStatistics
     retain: FeatureStatistics
     fired_forget: Fired
@@ -91,7 +90,7 @@ def gather_evidence(
     of_retain = feature_statistics(model, dictionary, retain[:half])
     _, fired_retain = fired_in(model, dictionary, retain[half:])
     return Evidence(
-        dictionary=dictionary, seed=seed, data_share=data_share, forget=of_forget, retain=of_retain,
+        dictionary=dictionary, seed=seed, forget=of_forget, retain=of_retain,
         fired_forget=fired_forget, fired_retain=fired_retain, texts=(*forget, *retain),
         facts_sha256=hash_facts((*split.forget, *split.retain_train)),
     )  # fmt: skip
