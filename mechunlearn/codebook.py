@@ -63,6 +63,7 @@ class Codebook(nn.Module):
             if shape.form == "encoded":
                 self.encoder = nn.Linear(shape.d_model, shape.d_code)
                 self.decoder = nn.Linear(shape.d_code, shape.d_model)
+                self._start_as_the_identity()
             else:
                 self.norm = nn.LayerNorm(shape.d_model)
         self.deleted: Bool[Tensor, " code"]
@@ -71,6 +72,17 @@ class Codebook(nn.Module):
         """Where it stands, once it is in a model."""
         self.passed: Passed | None = None
         """Of the last forward pass."""
+
+    @torch.no_grad()
+    def _start_as_the_identity(self) -> None:
+        """As x = relu(x) - relu(-x), where d_code is wide enough: at first only the choice of codes loses anything."""
+        both = torch.eye(self.shape.d_model)
+        both = torch.cat([both, -both])[: self.shape.d_code]
+        self.encoder.weight[: len(both)] = both
+        self.decoder.weight.zero_()
+        self.decoder.weight[:, : len(both)] = both.T
+        self.encoder.bias.zero_()
+        self.decoder.bias.zero_()
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_code"]:
         """The vector that codes are compared with."""

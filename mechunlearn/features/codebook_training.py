@@ -25,12 +25,13 @@ class CodebookRecipe:
     layer: int = 3
     n_codes: int = 2048
     k: int = 8
-    d_code: int = 128
+    d_code: int | None = None
+    """None: as wide as the activation where codes are plain, else twice that, so that nothing is lost at the start."""
     form: Form = "encoded"
     steps: int = 2000
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     """Adam, of the codebook; warmed up in the first 2% of the steps, falling to 0 in the last half."""
-    model_learning_rate: float = 3e-4
+    model_learning_rate: float = 1e-3
     """Likewise, of the model around it; 0 leaves it as it is."""
     reconstruction: float = 1.0
     commitment: float = 0.25
@@ -40,7 +41,8 @@ class CodebookRecipe:
 
     def shape(self, d_model: int) -> CodebookShape:
         """Of the codebook, in a model of that width."""
-        return CodebookShape(d_model=d_model, n_codes=self.n_codes, k=self.k, d_code=self.d_code, form=self.form)
+        d_code = self.d_code or (d_model if self.form == "plain" else 2 * d_model)
+        return CodebookShape(d_model=d_model, n_codes=self.n_codes, k=self.k, d_code=d_code, form=self.form)
 
 
 class CodebookTrainer:

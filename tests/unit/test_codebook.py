@@ -64,6 +64,15 @@ def test_the_bottleneck_by_hand():
     assert torch.equal(plain(x)[0, 0], plain.codes[plain.passed.codes[0, 0, 0]])
 
 
+@pytest.mark.parametrize("width", [10, 13])
+def test_only_the_codes_lose_anything_at_the_start(width):
+    made = Codebook(CodebookShape(d_model=5, n_codes=9, k=2, d_code=width))
+    x = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(made.decode(made.encode(x)), x)
+    assert CodebookRecipe().shape(5).d_code == 10
+    assert CodebookRecipe(form="plain").shape(5).d_code == 5
+
+
 @pytest.mark.parametrize("form", ["encoded", "plain"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_leaks_past(tiny_model, family, form):
