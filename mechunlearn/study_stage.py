@@ -61,7 +61,7 @@ def run(parts: Sequence[Part], out: Path, *, on_progress: Progress) -> StudyTabl
 def write_tables(parts: Sequence[Part], out: Path) -> StudyTables:
     """Write out/tables: csv files and figures of the presets that are finished."""
     replaceable(out / "tables")
-    found = study_tables(parts)
+    found = study_tables(parts, workers=workers_of(parts))
     with whole_folder(out / "tables") as folder:
         found.save(folder)
         tables = StudyTables.load(folder)  # as it is written: figures and page can be made again from the csv files

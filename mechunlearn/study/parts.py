@@ -37,6 +37,15 @@ class Line:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Found:
+    """A line with what its two jobs found."""
+
+    line: Line
+    edited: Outcome
+    null: Outcome
+
+
+@dataclass(frozen=True, kw_only=True)
 class Part:
     """One preset with everything that was found out before its arms are run."""
 
@@ -66,6 +75,14 @@ class Part:
     def outcome(self, job: Job) -> Outcome:
         """What a job that is done found."""
         return Outcome.load(self.home / job.digest)
+
+    def found(self) -> list[Found]:
+        """Every line, read once: many share a null, and every table asks for all of them."""
+        read = cache(Outcome.load)
+        return [
+            Found(line=line, edited=read(self.home / line.edited.digest), null=read(self.home / line.null.digest))
+            for line in lines(self, tuned(self))
+        ]
 
     def job(self, name: str, seed: int, options: Mapping[str, Any], **more: Any) -> Job:
         """The job of an arm (or a draw of it)."""

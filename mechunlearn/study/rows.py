@@ -1,7 +1,6 @@
 """Finished jobs as long rows: one a (preset, arm, draw, seed, level, fact, measure)."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -10,7 +9,7 @@ from mechunlearn.attack.results import fact_id
 from mechunlearn.evaluate.capability import CAPABILITY
 from mechunlearn.study.deals import FORGET_PARTS
 from mechunlearn.study.jobs import Outcome
-from mechunlearn.study.parts import Line
+from mechunlearn.study.parts import Found
 
 # pandas has no complete types
 # pyright: standard
@@ -37,22 +36,22 @@ OF_TEXT = {"perplexity ratio": ("text", "perplexity_ratio"), "KL": ("retain_test
 COLUMNS = ("preset", "arm", "draw", "seed", "level", "fact", "measure", "value")
 
 
-def study_rows(lines: Sequence[Line], home: Path) -> pd.DataFrame:
+def study_rows(all_found: Sequence[Found]) -> pd.DataFrame:
     """Everything that was measured, see `EVALUATED`; and three measures of each attack on the hidden facts.
 
     "relearning": P(true | candidates) after it; "relearning, null": the same on the equally edited and attacked null;
     "relearning, excess": the difference, which is what came back, fact by fact (not with a null of made-up facts).
     "healthy" is 1 where the attack was, on both sides.
     """
-    found: list[tuple[Any, ...]] = []
-    for line in lines:
+    rows: list[tuple[Any, ...]] = []
+    for found in all_found:
+        line = found.line
         name, _, draw = line.arm.partition("#")
         head = (line.preset, name, int(draw or 0), line.seed, line.level)
-        edited, null = (Outcome.load(home / job.digest) for job in (line.edited, line.null))
         if line.level == "quick":
-            found += [(*head, *row) for row in _evaluated(edited)]
-        found += [(*head, *row) for row in _attacked(edited, null, paired=line.null.on == "twin")]
-    return pd.DataFrame(found, columns=pd.Index(COLUMNS))
+            rows += [(*head, *row) for row in _evaluated(found.edited)]
+        rows += [(*head, *row) for row in _attacked(found.edited, found.null, paired=line.null.on == "twin")]
+    return pd.DataFrame(rows, columns=pd.Index(COLUMNS))
 
 
 def _evaluated(outcome: Outcome) -> Iterator[tuple[str, str, float]]:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from mechunlearn.comparison import holm, paired_p_value
+from mechunlearn.experiment import process_pool
 from mechunlearn.statistics import Interval, hierarchical_interval, seed_fact_table, seed_interval
 from mechunlearn.study.arms import LOOKUP, RANDOM_MLPS, UNRESISTED, arm_named
 from mechunlearn.study.jobs import is_done
@@ -53,8 +54,11 @@ class StudyTables:
         return cls(**{name: pd.read_csv(folder / f"{name}.csv") for name in cls.__dataclass_fields__})
 
 
-def study_tables(parts: Sequence[Part]) -> StudyTables:
+def study_tables(parts: Sequence[Part], *, workers: int = 1) -> StudyTables:
     """Read the finished jobs of the parts; a part of which some are missing is left out as a whole.
+
+    Args:
+        workers: processes that the parts are shared out to; many thousand files are read.
 
     Raises:
         ValueError: no part is finished.
@@ -66,17 +70,25 @@ def study_tables(parts: Sequence[Part]) -> StudyTables:
             f"study: none of {names} is finished in {parts[0].home.parent}; `mechunlearn study run NAME` (same "
             "--seeds) goes on where it stopped, `study report NAME` reports another one"
         )
-    found = {part.study.name: lines(part, tuned(part)) for part in done}
-    rows: Any = pd.concat([study_rows(found[part.study.name], part.home) for part in done], ignore_index=True)
+    with process_pool(min(workers, len(done))) as pool:
+        tables = list((map if pool is None else pool.map)(part_tables, done))
+    frames = {name: [getattr(one, name) for one in tables] for name in StudyTables.__dataclass_fields__}
+    return StudyTables(
+        **{name: pd.concat([one for one in own if len(one)] or own, ignore_index=True) for name, own in frames.items()}
+    )
+
+
+def part_tables(part: Part) -> StudyTables:
+    """The tables of one preset."""
+    found = part.found()
+    rows: Any = study_rows(found)
     drawn = _draws(rows)
     rows = rows.groupby([c for c in rows.columns if c not in ("draw", "value")], sort=False, as_index=False)[
         "value"
     ].mean()
     return StudyTables(
         arms=arm_table(rows), differences=pd.concat([difference_table(rows), difference_table(rows, UNRESISTED)]),
-        verdicts=pd.concat([verdict_table(part, found[part.study.name]) for part in done], ignore_index=True),
-        tuning=pd.concat([_tuning(part) for part in done], ignore_index=True),
-        components=(components := pd.concat([_components(part) for part in done], ignore_index=True)),
+        verdicts=verdict_table(part, found), tuning=_tuning(part), components=(components := _components(part)),
         draws=drawn.merge(components.rename(columns={"arm": "draw"}), on=["preset", "draw", "seed"]),
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from mechunlearn.study.arms import ARMS, LEAST_SUBJECTS, LOOKUP, arm_named, n_ma
 from mechunlearn.study.claims import CLAIMS, DOES_NOT, HOLDS, OPEN, claim_table, published
 from mechunlearn.study.deals import Deal, _elsewhere
 from mechunlearn.study.jobs import Job, Outcome, carry_out, exact_mask, is_done, with_false_labels
-from mechunlearn.study.parts import parts_of
+from mechunlearn.study.parts import Found, Line, parts_of
 from mechunlearn.study.run import run_study
 from mechunlearn.study.settings import load_study, study_presets
 from mechunlearn.study.tables import StudyTables, arm_table, difference_table, limits
@@ -300,15 +300,24 @@ def outcome(**record: object) -> Outcome:
     return Outcome(record=record, evaluation=None, attacks=())
 
 
+def found(edited: Outcome, null: Outcome) -> Found:
+    study, model = load_study("quick")
+    sides = [
+        Job(study=study, model=model, seed=0, on=on, level="quick", suppression="lora") for on in ("model", "twin")
+    ]
+    line = Line(preset="quick", arm="suppressed-lora", seed=0, level="quick", edited=sides[0], null=sides[1])
+    return Found(line=line, edited=edited, null=null)
+
+
 def test_a_control_that_is_refused_under_one_seed_is_not_accepted():
     fine, refused = (outcome(acceptance={"reason": why}) for why in ("", "retained facts fell from 100% to 94%"))
-    assert accepted([(fine, outcome()), (fine, outcome())])
-    assert not accepted([(fine, outcome()), (refused, outcome())])
+    assert accepted([found(fine, outcome()), found(fine, outcome())])
+    assert not accepted([found(fine, outcome()), found(refused, outcome())])
 
 
 def test_an_edit_is_held_against_what_was_known_among_its_own_candidates():
     model, twin = ({"all": 0.9, "without target": 0.95}, {"all": 0.1, "without target": 0.2})
-    before = [(outcome(hidden_p_true=model), outcome(hidden_p_true=twin))]
+    before = [found(outcome(hidden_p_true=model), outcome(hidden_p_true=twin))]
     assert levels_before(before, edited=True) == {"original": 0.95, "null_before": 0.2}
     assert levels_before(before, edited=False) == {"original": 0.9, "null_before": 0.1}
 
