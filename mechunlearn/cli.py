@@ -162,11 +162,12 @@ def edit(
     """Change the selected weights only; writes the edit, and with --export a plain Hugging Face checkpoint."""
     from mechunlearn import stages
 
-    table, drift = stages.edit(
+    mask, table, drift = stages.edit(
         model, stages.chosen(facts, forgotten), method or "", pairs_of(set_), scores=scores, components=components,
         budget=budget, export=export, device=device, out=out, on=on,
     )  # fmt: skip
     print_frame(table, title=f"{method}: before and after; p_true is among the candidates without the injected answer")
+    console.print(f"edited: {', '.join(map(str, mask.components))} ({mask.n_selected:,} weights)", soft_wrap=True)
     if drift is None:
         console.print(f"edit: {escape(str(out / 'edit.safetensors'))}")
         return

@@ -43,7 +43,7 @@ from mechunlearn.features.selection import FEATURE_RULES
 from mechunlearn.files import replaceable, whole_folder
 from mechunlearn.localize import LOCALIZERS
 from mechunlearn.localize.edges import EdgeScores, edge_attribution_patching
-from mechunlearn.masks import mask_of, select_components
+from mechunlearn.masks import ParameterMask, mask_of, select_components
 from mechunlearn.organisms.bundle import ORGANISMS, ORIGINAL, TWIN, train_organism
 from mechunlearn.organisms.card import read_card, write_card
 from mechunlearn.organisms.forget_sets import FORGET_SETS, never_known
@@ -150,14 +150,14 @@ def edit(
     device: str,
     out: Path,
     on: Path | None = None,
-) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+) -> tuple[ParameterMask, pd.DataFrame, pd.DataFrame | None]:
     """Edit the selected components; writes the edit, its splits.json and, if asked, a checkpoint.
 
     Args:
         on: what an earlier `edit` wrote: the new edit is made on top, and `out` holds the stack of all and drift.csv.
 
     Returns:
-        The model before and after this edit; and with `on` the drift over all edits.
+        What was edited; the model before and after this edit; and with `on` the drift over all edits.
     """
     replaceable(out)
     if (scores is None) == (components is None):
@@ -200,7 +200,7 @@ def edit(
         now.to_csv(folder / "evaluation.csv", index=False)
         if export:
             stack.export(stage.model, folder / "checkpoint")
-    return _side_by_side(before, now), drifted
+    return mask, _side_by_side(before, now), drifted
 
 
 def guard(

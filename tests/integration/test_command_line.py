@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
@@ -197,6 +198,8 @@ def test_ones_own_facts_are_localized_edited_and_attacked(tmp_path):
     ):
         result = _run(arguments, tmp_path)
         assert result.returncode == 0, result.stderr
+        if arguments[0] == "edit":
+            assert re.search(r"edited: (m\d, )*m\d \([\d,]+ weights\)", result.stdout)
     assert (tmp_path / "edited" / "checkpoint" / "model.safetensors").is_file()
     assert "hidden facts" in result.stdout
     nothing = ["edit", *common, *quick, "--scores", "scores/scores.safetensors", "--budget", "0", "--out", "out"]
