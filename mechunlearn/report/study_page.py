@@ -6,6 +6,7 @@ import jinja2
 import pandas as pd
 
 from mechunlearn.report.beyond import beyond_table
+from mechunlearn.report.editors import editors_table
 from mechunlearn.report.markdown import Table
 from mechunlearn.report.study_numbers import (
     draw_table,
@@ -71,7 +72,7 @@ def study_page(tables: StudyTables, claims: pd.DataFrame) -> str:
         draws=draw_table(tables), flipped=[number_table(tables, paper, measure) for measure in FLIPPED],
         beyond={level: beyond_table(tables, level) for level in ("quick", "standard")},
         beyond_damage=side_by_side(tables, (LOOKUP, RESISTANT, UNRESISTED), ("edit", "multiple choice, edit", *DAMAGE)),
-        verdicts=verdict_words(tables), has_published=len(paper) > 0,
+        editors=editors_table(tables), verdicts=verdict_words(tables), has_published=len(paper) > 0,
     ).strip() + "\n"  # fmt: skip
 
 

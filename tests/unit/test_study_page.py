@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from mechunlearn.report.beyond import beyond_table
+from mechunlearn.report.editors import SHOWN, editors_table
 from mechunlearn.report.study_numbers import markdown, same_edits
 from mechunlearn.report.study_page import study_page, verdict
 from mechunlearn.study.arms import LOOKUP, RESISTANT, UNRESISTED
@@ -92,6 +93,24 @@ def test_the_resistant_edit_is_not_ahead_where_an_attack_was_unhealthy(tables):
            "lower": 0.0, "upper": 1.0, "n_facts": 5, "n_seeds": 5}  # fmt: skip
     found = replace(tables, arms=pd.concat([tables.arms, pd.DataFrame([ill])], ignore_index=True))
     assert [row[-4:] for row in beyond_table(found, "quick")[1:]] == [["1", "20", "5", "open"]] * 2
+
+
+def test_editors_are_ranked_by_what_comes_back_in_presets_that_compare_them(tables):
+    assert len(editors_table(tables)) == 1  # arms of places, none of other editors
+    line = tables.verdicts.iloc[0].to_dict()
+    verdicts = [line | {"preset": "p2", "arm": arm, "D": d} for arm, d in ((LOOKUP, 0.5), ("memit", 0.2))]
+    verdicts += [line, line | {"preset": "p2", "arm": "npo", "level": "standard"}]
+    arms = [
+        tables.arms.loc[tables.arms["arm"] == LOOKUP].assign(preset="p2", arm=arm, mean=mean)
+        for arm, mean in ((LOOKUP, 0.6), ("memit", 0.3))
+    ]
+    both = replace(tables, arms=pd.concat([tables.arms, *arms]), verdicts=pd.DataFrame(verdicts))
+    first, second = editors_table(both)[1:]
+    assert first[:5] == ["p2", "memit", "hidden", "relearning", "0.20 [0.40, 0.60]"]
+    assert second[1] == LOOKUP
+    assert first[5 + SHOWN.index("relearning, excess")].startswith("0.30 [")
+    assert "" in first  # what the preset did not measure
+    assert "| p2 | memit | hidden |" in study_page(both, claim_table(both))
 
 
 def test_presets_with_other_arms_share_a_page(tables):
