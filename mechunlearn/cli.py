@@ -75,8 +75,8 @@ def plan(
     titles = {
         "facts": "Facts; hidden: scored after attacks that never see them",
         "arms": "Arms: budget and size of one MLP, as shares of all attention and MLP parameters",
-        "power": "How likely the verdict is if attacks bring back the share `effect` and every answer is all or nothing "
-        "(the worst case), and how many hidden facts make it 80% likely",
+        "power": "How likely the verdict is if attacks bring back the share `effect`, every answer all or nothing (the "
+        "worst case), and how many hidden facts make it 80% likely",
     }
     for name, frame in plan_experiment(settings).items():
         print_frame(frame, title=titles[name])
