@@ -76,16 +76,22 @@ def ground_of(bench: GuardBench, seed: int) -> Ground:
     )  # fmt: skip
 
 
+def rows_of(experiment: str, ground: Ground) -> pd.DataFrame:
+    """Carry out one experiment on one deal: experiment, arm, x, seed, measure, value."""
+    rows = [
+        (experiment, arm, x, ground.seed, name, value)
+        for arm, x, values in (EXPERIMENTS | CODE_EXPERIMENTS)[experiment](ground)
+        for name, value in values.items()
+    ]
+    return pd.DataFrame(rows, columns=pd.Index(["experiment", "arm", "x", "seed", "measure", "value"]))
+
+
 def measure(bench: GuardBench, experiment: str, seed: int, path: Path) -> Path:
     """Carry out one experiment under one seed, unless its file is there."""
     if not path.is_file():
-        rows: list[dict[str, Any]] = []
-        for arm, x, values in (EXPERIMENTS | CODE_EXPERIMENTS)[experiment](ground_of(bench, seed)):
-            about = {"experiment": experiment, "arm": arm, "x": x, "seed": seed}
-            rows += [about | {"measure": name, "value": value} for name, value in values.items()]
-        columns = pd.Index(["experiment", "arm", "x", "seed", "measure", "value"])
+        rows = rows_of(experiment, ground_of(bench, seed))
         with whole_file(path) as partial:
-            pd.DataFrame(rows, columns=columns).to_csv(partial, index=False)
+            rows.to_csv(partial, index=False)
     return path
 
 
