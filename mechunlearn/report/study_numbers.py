@@ -28,8 +28,9 @@ def presets_of(tables: StudyTables) -> list[str]:
 
 
 def seeds_of(tables: StudyTables) -> int:
-    """The most seeds that one of them has."""
-    return int(tables.arms.loc[tables.arms["preset"].isin(presets_of(tables)), "n_seeds"].to_numpy().max())
+    """The most seeds that one of them has; of any preset, where there is none of them."""
+    presets = presets_of(tables) or list(tables.arms["preset"])
+    return int(tables.arms.loc[tables.arms["preset"].isin(presets), "n_seeds"].to_numpy().max())
 
 
 def interval(row: Any, of: str = "mean") -> str:

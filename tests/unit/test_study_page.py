@@ -6,6 +6,7 @@ import pytest
 
 from mechunlearn.report.beyond import beyond_table
 from mechunlearn.report.editors import SHOWN, editors_table
+from mechunlearn.report.study import claims_figure
 from mechunlearn.report.study_numbers import markdown, same_edits
 from mechunlearn.report.study_page import study_page, verdict
 from mechunlearn.study.arms import LOOKUP, RESISTANT, UNRESISTED
@@ -111,6 +112,15 @@ def test_editors_are_ranked_by_what_comes_back_in_presets_that_compare_them(tabl
     assert first[5 + SHOWN.index("relearning, excess")].startswith("0.30 [")
     assert "" in first  # what the preset did not measure
     assert "| p2 | memit | hidden |" in study_page(both, claim_table(both))
+
+
+def test_a_preset_without_the_papers_arms_has_a_page(tables):
+    arms = tables.arms.loc[tables.arms["arm"].isin((LOOKUP, RESISTANT))]
+    components = tables.components.loc[tables.components["arm"] == LOOKUP]
+    alone = replace(tables, arms=arms, components=components, draws=tables.draws.iloc[:0])
+    page = study_page(alone, claim_table(alone))
+    assert "Presets: none with the paper's arms; 5 seeds." in page
+    assert len(claims_figure(claim_table(alone)).layout.annotations) > 0
 
 
 def test_presets_with_other_arms_share_a_page(tables):
