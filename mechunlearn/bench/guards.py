@@ -46,8 +46,8 @@ class GuardBench:
 
     def digest(self) -> str:
         """Equal for what would be measured alike."""
-        model = load_model(self.model, device=self.device)
-        models = [model.sha256, *(load_model(name, device=self.device).sha256 for _, name in self.beside)]
+        model, _, beside = known_of(self)
+        models = [model.sha256, *(one.sha256 for one in beside.values())]
         digest = hashlib.sha256(json.dumps(asdict(self) | {"sha256": models}, sort_keys=True).encode())
         weights = dictionary_of(model, self.dictionary).weights if self.dictionary else {}
         for name, value in sorted(weights.items()):

@@ -302,10 +302,9 @@ def outcome(**record: object) -> Outcome:
 
 def found(edited: Outcome, null: Outcome) -> Found:
     study, model = load_study("quick")
-    sides = [
-        Job(study=study, model=model, seed=0, on=on, level="quick", suppression="lora") for on in ("model", "twin")
-    ]
-    line = Line(preset="quick", arm="suppressed-lora", seed=0, level="quick", edited=sides[0], null=sides[1])
+    job = Job(study=study, model=model, seed=0, suppression="lora")
+    twins = replace(job, on="twin")
+    line = Line(preset="quick", arm="suppressed-lora", seed=0, level="quick", edited=job, null=twins)
     return Found(line=line, edited=edited, null=null)
 
 
