@@ -18,7 +18,7 @@ from mechunlearn.report.study_numbers import (
     side_by_side,
     verdict_words,
 )
-from mechunlearn.study.arms import LOOKUP, LOOKUP_PATHS, RESISTANT, UNRESISTED, arm_named
+from mechunlearn.study.arms import FORGET, LOOKUP, LOOKUP_PATHS, RESISTANT, UNRESISTED, arm_named
 from mechunlearn.study.claims import (
     CLAIMS,
     CONTROLS,
@@ -70,8 +70,14 @@ def study_page(tables: StudyTables, claims: pd.DataFrame) -> str:
             for arm, other in ((arm_named(name).name, other) for name, other in COPIED.items())
         ],
         draws=draw_table(tables), flipped=[number_table(tables, paper, measure) for measure in FLIPPED],
-        beyond={level: beyond_table(tables, level) for level in ("quick", "standard")},
-        beyond_damage=side_by_side(tables, (LOOKUP, RESISTANT, UNRESISTED), ("edit", "multiple choice, edit", *DAMAGE)),
+        beyond={
+            arm: {level: beyond_table(tables, level, arm) for level in ("quick", "standard")}
+            for arm in (RESISTANT, FORGET)
+        },
+        beyond_damage={
+            arm: side_by_side(tables, (LOOKUP, *arms), ("forget", "edit", "multiple choice, edit", *DAMAGE))
+            for arm, arms in ((RESISTANT, (RESISTANT, UNRESISTED)), (FORGET, (FORGET,)))
+        },
         editors=editors_table(tables), verdicts=verdict_words(tables), has_published=len(paper) > 0,
     ).strip() + "\n"  # fmt: skip
 

@@ -28,7 +28,7 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     """The localizer's."""
     standard: bool = False
-    """Whether it is also attacked at the standard level."""
+    """Whether it is also attacked at the standard level, whatever the preset says."""
     editor: str = "inject"
     editing: Mapping[str, Any] = field(default_factory=dict)
     """The editor's options, beside those of the task."""
@@ -38,7 +38,7 @@ class Arm:
     """So many times the task's steps, at learning rates that are as many times lower."""
 
 
-RESISTANT, UNRESISTED = "lookup-resistant", "lookup-unresisted"
+RESISTANT, UNRESISTED, FORGET = "lookup-resistant", "lookup-unresisted", "forget"
 BOTH: tuple[Kind, ...] = ("mlp", "attention")
 LOOKUP, LOOKUP_PATHS = "lookup-probe", "lookup-paths"
 RANDOM_MLPS, ALL_MLPS, NONLOCALIZED = "random-mlps", "all-mlps", "nonlocalized"
@@ -65,7 +65,7 @@ BEYOND_ARMS = tuple(
 """Fact lookup's MLPs and the next best, trained against an attacker; and the same without that attacker. The whole
 budget would be more damage than fact lookup's edit does."""
 EDITORS_COMPARED = (
-    "forget", "gradient_ascent", "gradient_difference", "npo", "simnpo", "idk_dpo", "rmu", "weight_mask", "rome",
+    FORGET, "gradient_ascent", "gradient_difference", "npo", "simnpo", "idk_dpo", "rmu", "weight_mask", "rome",
     "memit", "alphaedit", "lookup_erasure",
 )  # fmt: skip
 EDITOR_ARMS = tuple(

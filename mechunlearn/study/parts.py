@@ -113,12 +113,17 @@ def copied_names(study: StudySettings, names: Sequence[str]) -> list[str]:
     return [name for name, other in COPIED.items() if name in names and other in names]
 
 
+def is_standard(study: StudySettings, arm: Arm) -> bool:
+    """Whether an arm is also attacked at the standard level."""
+    return arm.standard or arm.name in study.standard_arms
+
+
 def line_counts(study: StudySettings, model: ModelSettings, arms: Sequence[Arm]) -> dict[Level | str, int]:
     """How many lines `lines` makes: quick, standard, and (with the quick ones, not among them) "false labels"."""
     names = drawn_names(study, arms)
     return {
         "quick": study.seeds * (1 + len(names) + len(copied_names(study, names))) + len(model.controls),
-        "standard": study.seeds * sum(arm.standard for arm in arms) + 1 + len(model.controls),
+        "standard": study.seeds * sum(is_standard(study, arm) for arm in arms) + 1 + len(model.controls),
         "false labels": study.seeds * ("false labels" in study.defects),
     }
 
@@ -178,7 +183,7 @@ def lines(part: Part, best: Mapping[str, Mapping[str, Any]]) -> list[Line]:
         for name in part.names:
             arm = arm_named(name)
             add(name, seed, "quick", part.job(name, seed, best[arm.name]))
-            if arm.standard and name.partition("#")[2] in ("", "0"):
+            if is_standard(study, arm) and name.partition("#")[2] in ("", "0"):
                 add(name, seed, "standard", part.job(name, seed, best[arm.name], level="standard"))
         for name in copied_names(study, part.names):
             other = COPIED[name]
@@ -192,7 +197,8 @@ def parts_of(presets: Iterable[tuple[StudySettings, ModelSettings]], home: Path)
     """The presets, ready to run in one folder.
 
     Raises:
-        ValueError: an unknown arm, or arms without fact lookup, which the others are compared with.
+        ValueError: an unknown arm, a standard one that is not run, or arms without fact lookup, which the others are
+            compared with.
     """
     parts: list[Part] = []
     for study, model in presets:
@@ -202,6 +208,10 @@ def parts_of(presets: Iterable[tuple[StudySettings, ModelSettings]], home: Path)
         for name in names:
             if name not in (known := [arm.name for arm in EVERY_ARM]):
                 raise ValueError(f"study {study.name}: unknown arm {name!r}.{did_you_mean(name, known)}")
+        if stray := [name for name in study.standard_arms if name not in names]:
+            raise ValueError(
+                f"study {study.name}: key 'standard_arms': got {stray[0]!r}, allowed: its arms, {', '.join(names)}"
+            )
         if "false labels" in study.defects and not all("relearning" in a for a in (model.quick, model.standard)):
             raise ValueError(
                 f"study {study.name}: got the defect 'false labels', which needs relearning in {model.name}"

@@ -135,6 +135,8 @@ class StudySettings(Strict):
     """Draws of random MLPs under every seed, other ones under each."""
     arms: list[str] = Field(default_factory=list)
     """Names of the arms to run; none: all of them."""
+    standard_arms: list[str] = Field(default_factory=list)
+    """Of those, the ones that are attacked at the standard level, too, beside those that always are."""
     defects: list[Defect] = Field(default_factory=list)
     """Of the original study: also run what they do, beside the arms without them."""
     published_components: bool = False
