@@ -33,7 +33,7 @@ class CodebookShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Passed:
-    """What a codebook did to one batch of vectors; kept for the training and for counting codes."""
+    """What a codebook did to one batch of vectors, in units of its scale; kept for training and for counting codes."""
 
     codes: Int[Tensor, "batch pos k"]
     """The chosen ones, closest first."""
@@ -46,12 +46,14 @@ class Passed:
 class Codebook(nn.Module):
     """x -> decode(mean of the k codes closest to encode(x)); nothing else of x passes.
 
-    encoded: z = relu(W_e x + b_e), codes by cosine, out = W_d z_q + b_d. plain: z = layer norm of x, out = z_q; codes
+    encoded: z = relu(W_e x + b_e) at a fixed length, codes by cosine, out = W_d z_q + b_d. plain: z = layer norm of x, out = z_q; codes
     by inner product with unit codes, which is cosine there, too. A deleted code is never chosen: the next closest step
     in. A plain module: its settings are its own, and many may live in one process.
 
     Source: CodeUnlearn, arXiv:2410.10866 (encoded; its number of codes and their sum or mean are not published), and
         Tamkin et al. 2023, arXiv:2310.17230 (plain).
+    Differs from the source: the length of z is fixed. The cosine does not see it, so that straight-through gradients
+        let it grow without end: in 200 steps on `atlas` to eight times what it was, away from codes and decoder.
     """
 
     def __init__(self, shape: CodebookShape, *, seed: int = 0) -> None:
@@ -68,6 +70,9 @@ class Codebook(nn.Module):
                 self.norm = nn.LayerNorm(shape.d_model)
         self.deleted: Bool[Tensor, " code"]
         self.register_buffer("deleted", torch.zeros(shape.n_codes, dtype=torch.bool))
+        self.scale: Tensor
+        """Of the activations, root mean square of an entry: inside, everything is about 1, whatever the model's norms."""
+        self.register_buffer("scale", torch.ones(()))
         self.layer = 0
         """Where it stands, once it is in a model."""
         self.passed: Passed | None = None
@@ -75,7 +80,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def _start_as_the_identity(self) -> None:
-        """As x = relu(x) - relu(-x), where d_code is wide enough: at first only the choice of codes loses anything."""
+        """As x = relu(x) - relu(-x), where d_code is wide enough: at first only x's length and the choice of codes lose."""
         both = torch.eye(self.shape.d_model)
         both = torch.cat([both, -both])[: self.shape.d_code]
         self.encoder.weight[: len(both)] = both
@@ -86,7 +91,9 @@ class Codebook(nn.Module):
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_code"]:
         """The vector that codes are compared with."""
-        return self.encoder(x).relu() if self.shape.form == "encoded" else self.norm(x)
+        if self.shape.form == "plain":
+            return self.norm(x)
+        return F.normalize(self.encoder(x).relu(), dim=-1) * self.shape.d_model**0.5
 
     def decode(self, z: Float[Tensor, "*batch d_code"]) -> Float[Tensor, "*batch d_model"]:
         """The activation that codes stand for."""
@@ -99,13 +106,13 @@ class Codebook(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The activation after the bottleneck; gradients go on to codes, decoder and (straight through) encoder."""
-        given = x.to(self.codes.dtype)
+        given = x.to(self.codes.dtype) / self.scale
         z = self.encode(given)
         chosen = self.closest(z.detach(), self.shape.k)
         z_codes = F.embedding(chosen, self.codes).mean(-2)
         decoded = self.decode(z_codes + (z - z.detach()))
         self.passed = Passed(codes=chosen, x=given, decoded=decoded, z=z, z_codes=z_codes)
-        return decoded.to(x.dtype)
+        return (decoded * self.scale).to(x.dtype)
 
     def usable(self, codes: Tensor) -> None:
         """Raise ValueError unless these are codes, and k are left when they are deleted."""

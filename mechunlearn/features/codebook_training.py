@@ -29,9 +29,9 @@ class CodebookRecipe:
     """None: as wide as the activation where codes are plain, else twice that, so that nothing is lost at the start."""
     form: Form = "encoded"
     steps: int = 2000
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Adam, of the codebook; warmed up in the first 2% of the steps, falling to 0 in the last half."""
-    model_learning_rate: float = 1e-3
+    model_learning_rate: float = 5e-4
     """Likewise, of the model around it; 0 leaves it as it is."""
     reconstruction: float = 1.0
     commitment: float = 0.25
@@ -64,6 +64,7 @@ class CodebookTrainer:
         self.hf, self.codebook, self.batches, self.recipe, self.text = hf, codebook, batches, recipe, text
         self.tokens_a_step = tokens_a_step
         self.step = 0
+        self._measure_scale()
         named = dict(hf.named_parameters())
         own = [parameter for name, parameter in named.items() if name.startswith(f"{NAME}.")]
         around = [parameter for name, parameter in named.items() if not name.startswith(f"{NAME}.")]
@@ -107,6 +108,13 @@ class CodebookTrainer:
         parameters = dict(self.hf.named_parameters())
         self.step, more = load_state(path, parameters, [self.optimizer], self._identity(), self.hf.device)
         self.unused_for = more["unused_for"]
+
+    @torch.no_grad()
+    def _measure_scale(self) -> None:
+        """Adam's steps are of a fixed size: at the norms of some models, codes in their units would hardly move."""
+        self.codebook.scale.fill_(1)
+        self.hf(**{name: value.to(self.hf.device) for name, value in self.batches(0).items()}, use_cache=False)
+        self.codebook.scale.copy_(self._passed().x.norm(dim=-1).mean() / self.codebook.shape.d_model**0.5)
 
     def _identity(self) -> dict[str, str]:
         return {"recipe": json.dumps(asdict(self.recipe)), "text": self.text}
