@@ -19,12 +19,8 @@ def test_a_notebook_defines_nothing(path):
             assert not kinds & {ast.FunctionDef, ast.ClassDef}, cell.source
 
 
-LONG = ("00_quickstart",)  # it trains, edits and attacks
-
-
-@pytest.mark.parametrize(
-    "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in LONG else []) for p in NOTEBOOKS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()

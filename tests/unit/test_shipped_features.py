@@ -1,14 +1,15 @@
-"""The dictionaries that come with the organisms: what their notes say of them is so, on text that they never saw."""
+"""The dictionaries and codebook models that come with the organisms are what their notes and cards say."""
 
 import pytest
 
 from mechunlearn import applied, features, load_model, split_facts
+from mechunlearn.codebook_model import codebook_of
 from mechunlearn.features.bundled import bundled_dictionaries, dictionary_of
 from mechunlearn.features.quality import dictionary_quality
 from mechunlearn.metrics import score_facts
 from mechunlearn.organisms.bundle import ORGANISMS
 from mechunlearn.organisms.forget_sets import load_forget_set
-from mechunlearn.organisms.shipped_features import RECIPE, text_of
+from mechunlearn.organisms.shipped_features import CODEBOOKS, RECIPE, text_of
 
 SHIPPED = [(name, hook_point) for name in ORGANISMS for hook_point in bundled_dictionaries(name)]
 
@@ -36,3 +37,31 @@ def test_features_of_a_sport_make_atlas_forget_it_and_random_ones_do_not():
         with applied(atlas, features.dynamic_guardrail(atlas, split, **options)):
             left[name] = score_facts(atlas, split.forget[:24])["p_true"].mean()
     assert left["chosen"] < 0.5 < left["random"]
+
+
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_a_shipped_codebook_model_has_the_codebook_of_its_recipe(name):
+    organism, recipe = CODEBOOKS[name]
+    model = load_model(name, device="cpu")
+    codebook = codebook_of(model)
+    assert codebook.shape == recipe.shape(model.d_model)
+    assert codebook.layer == recipe.layer
+    assert not codebook.deleted.any()
+    assert float(codebook.scale) != 1
+    _, hockey = load_forget_set("sport-hockey")
+    known = score_facts(model, hockey[:24])["p_true"].mean()
+    assert known > 0.85 if organism == "atlas" else known < 0.2
+
+
+def test_deleting_a_sports_codes_makes_the_codebook_model_forget_it_and_random_ones_do_not():
+    model = load_model("atlas-codebook", device="cpu")
+    sports, hockey = load_forget_set("sport-hockey")
+    split = split_facts(sports, hockey, seed=0)
+    others = [fact for fact in split.retain_test if fact.relation == "plays_sport"][:24]
+    left, kept = {}, {}
+    for name, at_random in (("chosen", False), ("random", True)):
+        with applied(model, features.code_deletion(model, split, at_random=at_random)):
+            left[name] = score_facts(model, split.forget[:24])["p_true"].mean()
+            kept[name] = score_facts(model, others)["p_true"].mean()
+    assert left["chosen"] < 0.6 < left["random"]
+    assert min(kept.values()) > 0.85
