@@ -146,29 +146,16 @@ def _attach(model: Model, place: Place, visit: Callable[[Place, Tensor], Tensor]
 def attach_between(model: Model, layer: int, visit: Callable[[Place, Tensor], Tensor]) -> Sequence[Any]:
     """Visit the stream between attention and MLP; what comes back is all that the MLP and later blocks see of it.
 
-    The block keeps a reference of its own for the residual sum, so that sum is made again from what came back: nothing
-    of the old stream passes, not even by rounding.
+    It takes the place of the stream in the very tensor that the block keeps for the residual sum: nothing of the old
+    stream passes, not even by rounding, and hooks on the sublayers see and change what they would without.
     """
     if has_parallel_blocks(model):
         raise NotSupported(f"{model.name}: its blocks are parallel, so there is no stream between attention and MLP")
-    now: dict[str, Tensor] = {}
 
-    def on_norm(_module: nn.Module, inputs: tuple[Any, ...]) -> Any:
-        now["stream"] = visit(("mid", layer), inputs[0])
-        return (now["stream"], *inputs[1:])
+    def on_norm(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        inputs[0].copy_(visit(("mid", layer), inputs[0].clone()))  # a copy: backward passes need what was read
 
-    def on_write(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        now["write"] = first_output(output)
-
-    def on_block(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        return with_first_output(output, now.pop("stream") + now.pop("write"))
-
-    norm = block(model, layer).get_submodule(model.architecture.mlp_norm)
-    return [
-        norm.register_forward_pre_hook(on_norm),
-        mlp_write(model, layer).register_forward_hook(on_write),
-        block(model, layer).register_forward_hook(on_block, prepend=True),  # before hooks on the block's own output
-    ]
+    return [block(model, layer).get_submodule(model.architecture.mlp_norm).register_forward_pre_hook(on_norm)]
 
 
 @contextmanager

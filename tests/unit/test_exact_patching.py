@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from mechunlearn.activations import hooked, last_logits, place_of, untouched
+from mechunlearn.codebook import Codebook, CodebookShape
+from mechunlearn.codebook_model import insert_codebook
 from mechunlearn.components import ROLES, Component
 from mechunlearn.facts import Fact, FactSet
 from mechunlearn.localize import LOCALIZERS
@@ -203,9 +205,14 @@ def test_restoring_every_stream_gives_the_clean_metric_and_swapping_like_for_lik
 # --- methods ---
 
 
+@pytest.mark.parametrize("codes_after", [None, 0, 1])
 @pytest.mark.parametrize("form", ["denoise", "noise"])
-def test_activation_patching_is_the_mean_of_the_naive_effects_by_role(form, tiny_model: MakeModel, facts) -> None:
+def test_activation_patching_is_the_mean_of_the_naive_effects_by_role(
+    form, codes_after, tiny_model: MakeModel, facts
+) -> None:
     model = tiny_model("llama")
+    if codes_after is not None:  # a codebook in the block: those that are skipped do not go through it again
+        insert_codebook(model, Codebook(CodebookShape(d_model=model.d_model, n_codes=64, k=4)), codes_after)
     scores = activation_patching(model, facts, form=form, pairs_per_fact=2, batch_size=3)
     expected, count = np.zeros_like(scores.per_fact), np.zeros(len(facts))
     with untouched(model), torch.no_grad():
