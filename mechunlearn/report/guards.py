@@ -53,19 +53,20 @@ CODES: Mapping[str, Panel] = {
 
 
 def guards_figure(summary: pd.DataFrame) -> go.Figure:
-    """Six panels, means over seeds; error bars (95%) along y. Panels of experiments that were not run stay empty."""
+    """A panel for each of six experiments that was run, means over seeds; error bars (95%) along y."""
     return _lines(summary, GUARDS, "Guards of activations")
 
 
 def codes_figure(summary: pd.DataFrame) -> go.Figure:
-    """Three panels, as in `guards_figure`."""
+    """Of three experiments, as in `guards_figure`."""
     return _lines(summary, CODES, "Code deletion")
 
 
 def _lines(summary: pd.DataFrame, panels: Mapping[str, Panel], title: str) -> go.Figure:
-    n_rows = -(-len(panels) // 3)
+    panels = {name: panel for name, panel in panels.items() if (summary["experiment"] == name).any()}
+    n_rows, n_cols = max(1, -(-len(panels) // 3)), min(3, max(1, len(panels)))
     figure = make_subplots(
-        n_rows, 3, subplot_titles=[panel.title for panel in panels.values()], horizontal_spacing=0.07,
+        n_rows, n_cols, subplot_titles=[panel.title for panel in panels.values()], horizontal_spacing=0.07,
         vertical_spacing=0.17,
     )  # fmt: skip
     told: set[str] = set()
