@@ -99,8 +99,7 @@ def _lines(summary: pd.DataFrame, panels: Mapping[str, Panel], title: str) -> go
         if panel.along is not None:
             figure.update_xaxes(range=[-0.03, 1.05], row=row, col=col)
     figure.update_layout(legend={"orientation": "h", "y": -0.12})
-    subtitle = (
-        "P(true | candidates): good is low on what is to be forgotten and high near to it. "
-        f"Means over {max(summary['n_seeds'])} deal(s), 95% intervals"
-    )
+    n_seeds = max(summary["n_seeds"])
+    over = f"Means over {n_seeds} deals of the facts, 95% intervals" if n_seeds > 1 else "One deal of the facts"
+    subtitle = f"P(true | candidates): good is low on what is to be forgotten and high near to it. {over}"
     return styled(figure, title, subtitle, height=130 + 350 * n_rows)
