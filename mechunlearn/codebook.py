@@ -46,9 +46,9 @@ class Passed:
 class Codebook(nn.Module):
     """x -> decode(mean of the k codes closest to encode(x)); nothing else of x passes.
 
-    encoded: z = relu(W_e x + b_e) at a fixed length, codes by cosine, out = W_d z_q + b_d. plain: z = layer norm of x, out = z_q; codes
-    by inner product with unit codes, which is cosine there, too. A deleted code is never chosen: the next closest step
-    in. A plain module: its settings are its own, and many may live in one process.
+    encoded: z = relu(W_e x + b_e) at a fixed length, codes by cosine, out = W_d z_q + b_d. plain: z = layer norm of x,
+    out = z_q; codes by inner product with unit codes, which is cosine there, too. A deleted code is never chosen: the
+    next closest step in. A plain module: its settings are its own, and many may live in one process.
 
     Source: CodeUnlearn, arXiv:2410.10866 (encoded; its number of codes and their sum or mean are not published), and
         Tamkin et al. 2023, arXiv:2310.17230 (plain).
@@ -71,7 +71,7 @@ class Codebook(nn.Module):
         self.deleted: Bool[Tensor, " code"]
         self.register_buffer("deleted", torch.zeros(shape.n_codes, dtype=torch.bool))
         self.scale: Tensor
-        """Of the activations, root mean square of an entry: inside, everything is about 1, whatever the model's norms."""
+        """Of the activations' entries: inside, all are about 1 in size, whatever the model's norms."""
         self.register_buffer("scale", torch.ones(()))
         self.layer = 0
         """Where it stands, once it is in a model."""
@@ -80,7 +80,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def _start_as_the_identity(self) -> None:
-        """As x = relu(x) - relu(-x), where d_code is wide enough: at first only x's length and the choice of codes lose."""
+        """As x = relu(x) - relu(-x), where d_code is wide enough: at first only length and choice of codes lose."""
         both = torch.eye(self.shape.d_model)
         both = torch.cat([both, -both])[: self.shape.d_code]
         self.encoder.weight[: len(both)] = both

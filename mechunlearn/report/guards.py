@@ -63,7 +63,8 @@ def codes_figure(summary: pd.DataFrame) -> go.Figure:
 
 
 def _lines(summary: pd.DataFrame, panels: Mapping[str, Panel], title: str) -> go.Figure:
-    panels = {name: panel for name, panel in panels.items() if (summary["experiment"] == name).any()}
+    run = set(summary["experiment"])
+    panels = {name: panel for name, panel in panels.items() if name in run}
     n_rows, n_cols = max(1, -(-len(panels) // 3)), min(3, max(1, len(panels)))
     figure = make_subplots(
         n_rows, n_cols, subplot_titles=[panel.title for panel in panels.values()], horizontal_spacing=0.07,
