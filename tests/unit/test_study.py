@@ -20,7 +20,7 @@ from mechunlearn.study.arms import ARMS, LEAST_SUBJECTS, LOOKUP, arm_named, n_ma
 from mechunlearn.study.claims import CLAIMS, DOES_NOT, HOLDS, OPEN, claim_table, published
 from mechunlearn.study.deals import Deal, _elsewhere
 from mechunlearn.study.jobs import Job, Outcome, carry_out, exact_mask, is_done, with_false_labels
-from mechunlearn.study.parts import Found, Line, parts_of
+from mechunlearn.study.parts import Found, Line, Part, line_counts, lines, parts_of
 from mechunlearn.study.run import run_study
 from mechunlearn.study.settings import load_study, study_presets
 from mechunlearn.study.tables import StudyTables, arm_table, difference_table, limits
@@ -64,6 +64,22 @@ def test_arms_without_fact_lookup_or_unknown_ones_are_refused(tmp_path):
         parts_of([load_study("quick", arms=["random-mlps"])], tmp_path)
     with pytest.raises(ValueError, match=r"unknown arm 'lookup_probe'\. Did you mean 'lookup-probe'"):
         parts_of([load_study("quick", arms=["lookup_probe"])], tmp_path)
+
+
+def test_a_preset_says_which_of_its_arms_are_attacked_at_the_standard_level_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(Part, "located", lambda self, seed: {name: [["m1"]] for name in self.names})
+    monkeypatch.setattr(Part, "n_entries", lambda self, name, seed: None)
+    attacked = {}
+    for named in ([], ["forget"]):
+        study, model = load_study("beyond-forget", standard_arms=named)
+        (part,) = parts_of([(study, model)], tmp_path)
+        made = lines(part, {arm.name: {} for arm in part.arms})
+        standard = [line for line in made if line.level == "standard"]
+        assert len(standard) == line_counts(study, model, part.arms)["standard"]
+        attacked["".join(named)] = {line.arm for line in standard if line.edited.blocks}
+    assert attacked == {"": {"lookup-probe"}, "forget": {"lookup-probe", "forget"}}
+    with pytest.raises(ValueError, match="key 'standard_arms': got 'rome', allowed: its arms, lookup-probe, forget"):
+        parts_of([load_study("beyond-forget", standard_arms=["rome"])], tmp_path)
 
 
 @pytest.mark.parametrize("name", [arm.name for arm in ARMS])
