@@ -53,7 +53,7 @@ class Codebook(nn.Module):
     Source: CodeUnlearn, arXiv:2410.10866 (encoded; its number of codes and their sum or mean are not published), and
         Tamkin et al. 2023, arXiv:2310.17230 (plain).
     Differs from the source: the length of z is fixed. The cosine does not see it, so that straight-through gradients
-        let it grow without end: in 200 steps on `atlas` to eight times what it was, away from codes and decoder.
+        let it grow without end, away from codes and decoder.
     """
 
     def __init__(self, shape: CodebookShape, *, seed: int = 0) -> None:

@@ -82,8 +82,7 @@ class CodebookTrainer:
 
     def train_step(self) -> float:
         """One optimizer step; returns the task's loss in nats per token."""
-        batch = {name: value.to(self.hf.device) for name, value in self.batches(self.step).items()}
-        task = self.hf(**batch, use_cache=False).loss
+        task = self._task_loss(self.step)
         passed = self._passed()
         extra = codebook_loss(passed, reconstruction=self.recipe.reconstruction, commitment=self.recipe.commitment)
         (task + extra).backward()
@@ -109,11 +108,15 @@ class CodebookTrainer:
         self.step, more = load_state(path, parameters, [self.optimizer], self._identity(), self.hf.device)
         self.unused_for = more["unused_for"]
 
+    def _task_loss(self, step: int) -> Tensor:
+        batch = {name: value.to(self.hf.device) for name, value in self.batches(step).items()}
+        return self.hf(**batch, use_cache=False).loss
+
     @torch.no_grad()
     def _measure_scale(self) -> None:
         """Adam's steps are of a fixed size: at the norms of some models, codes in their units would hardly move."""
         self.codebook.scale.fill_(1)
-        self.hf(**{name: value.to(self.hf.device) for name, value in self.batches(0).items()}, use_cache=False)
+        self._task_loss(0)
         self.codebook.scale.copy_(self._passed().x.norm(dim=-1).mean() / self.codebook.shape.d_model**0.5)
 
     def _identity(self) -> dict[str, str]:

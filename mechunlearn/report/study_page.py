@@ -70,14 +70,11 @@ def study_page(tables: StudyTables, claims: pd.DataFrame) -> str:
             for arm, other in ((arm_named(name).name, other) for name, other in COPIED.items())
         ],
         draws=draw_table(tables), flipped=[number_table(tables, paper, measure) for measure in FLIPPED],
-        beyond={
-            arm: {level: beyond_table(tables, level, arm) for level in ("quick", "standard")}
-            for arm in (RESISTANT, FORGET)
-        },
-        beyond_damage={
-            arm: side_by_side(tables, (LOOKUP, *arms), ("forget", "edit", "multiple choice, edit", *DAMAGE))
-            for arm, arms in ((RESISTANT, (RESISTANT, UNRESISTED)), (FORGET, (FORGET,)))
-        },
+        beyond=[
+            {level: beyond_table(tables, level, arms[0]) for level in ("quick", "standard")}
+            | {"damage": side_by_side(tables, (LOOKUP, *arms), ("forget", "edit", "multiple choice, edit", *DAMAGE))}
+            for arms in ((RESISTANT, UNRESISTED), (FORGET,))
+        ],
         editors=editors_table(tables), verdicts=verdict_words(tables), has_published=len(paper) > 0,
     ).strip() + "\n"  # fmt: skip
 
