@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mechunlearn.components import Component
+from mechunlearn.denormals import denormals_as_zero
 from mechunlearn.edit.prefix import DEFAULT_GB, PrefixCache
 from mechunlearn.edit.stand_ins import checkpointed, standing_in
 from mechunlearn.masks import ParameterMask
@@ -228,7 +229,7 @@ def train(
                 value.backward()
         return float(value.detach())
 
-    with _frozen(model), _denormals_as_zero():
+    with _frozen(model), denormals_as_zero():
         for step in range(steps):
             total = sum(backward(step * accumulation + micro) for micro in range(accumulation))
             if not math.isfinite(total):
@@ -241,17 +242,6 @@ def train(
             if on_step is not None and on_step(step + 1) is True:
                 break
     return tuple(history)
-
-
-@contextlib.contextmanager
-def _denormals_as_zero() -> Iterator[None]:
-    """Numbers below 1e-38 count as 0, on this thread: an operation on one takes an x86 core many times as long."""
-    was = float(torch.tensor(1e-39) * 1.0) == 0.0  # there is no getter
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(was)
 
 
 def _cosine(share: float) -> float:

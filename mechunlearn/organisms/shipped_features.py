@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from mechunlearn.checkpoints import load_model, save_model
 from mechunlearn.codebook import Codebook
 from mechunlearn.codebook_model import codebook_of, insert_codebook
+from mechunlearn.denormals import denormals_as_zero
 from mechunlearn.features.codebook_training import CodebookRecipe, CodebookTrainer
 from mechunlearn.features.dictionary import Dictionary
 from mechunlearn.features.formats import save_dictionary
@@ -97,6 +98,8 @@ def train_codebook_model(
 ) -> Path:
     """Train a bundled codebook model, or go on where `folder` stopped; returns the finished model's folder.
 
+    On CPUs denormal numbers count as 0 while it trains.
+
     Raises:
         ValueError: an unknown name, or a folder that holds another recipe's training.
     """
@@ -113,7 +116,8 @@ def train_codebook_model(
         return {"input_ids": ids, "labels": ids}
 
     trainer = CodebookTrainer(model.hf, batches, recipe, tokens_a_step=ROWS * LENGTH, text=f"{organism}, described")
-    run_training(trainer, folder, on_step=on_step)
+    with denormals_as_zero():
+        run_training(trainer, folder, on_step=on_step)
     model.hf.eval()
     codebook_of(model).passed = None
     model.hf.half()

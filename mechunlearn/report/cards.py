@@ -34,7 +34,10 @@ def card_of(cell: Cell) -> Card:
     """A cell's verdict, what the cell is for, and whether a control came out as it should."""
     verdict = cell.verdict
     expected, purpose = EXPECTED.get(cell.role, (None, ""))
-    if cell.role == "arm" and cell.editor:
+    if cell.role == "arm" and cell.editor and not cell.n_selected:
+        off = ", and comes off whole" if cell.notes.get("comes_off") else ""
+        purpose = f"A change of activations: {cell.editor}; it edits no weight{off}."
+    elif cell.role == "arm" and cell.editor:
         where = f"{len(cell.components)} parts, {100 * cell.share:.1f}% of the MLP and attention weights"
         how = f"where {cell.localizer} points" if cell.localizer else "of chosen parts"
         purpose = f"An edit: {cell.editor} {how} ({where})."

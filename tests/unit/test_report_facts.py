@@ -292,3 +292,14 @@ def test_a_link_opens_its_fact_as_text_in_a_browser(page, tmp_path):
     assert "✓" in shown[0]
     assert "✗" in shown[0]
     assert "<b>" not in shown[0]
+
+
+def test_cards_call_an_edit_of_weights_and_a_change_of_activations_what_they_are():
+    edit = _cell("arm", "arm", 0.2, editor="inject", components=("m2", "m3"), n_selected=9, share=0.26)
+    guard = _cell("arm", "arm", 0.2, editor="dynamic_guardrail", notes={"comes_off": True})
+    deletion = _cell("arm", "arm", 0.2, editor="code_deletion", notes={"comes_off": False})
+    assert "(2 parts, 26.0% of" in card_of(edit).purpose
+    assert (
+        card_of(guard).purpose == "A change of activations: dynamic_guardrail; it edits no weight, and comes off whole."
+    )
+    assert card_of(deletion).purpose == "A change of activations: code_deletion; it edits no weight."
