@@ -226,6 +226,12 @@ def bench_codes(
     never_knew: Annotated[
         str, typer.Option("--never-knew", help="The codebook model of a twin that never read the facts.")
     ] = "atlas-codebook-never-a",
+    never_knew_without: Annotated[
+        str, typer.Option("--never-knew-without", help="That twin, without a codebook.")
+    ] = "atlas-never-a",
+    bert_model: Annotated[
+        str | None, typer.Option("--bert-model", help="Encoder for BERTScore, folder or hub name; needs bert-score.")
+    ] = None,
     only: OnlyOption = None,
     seeds: DealsOption = 5,
     max_facts: DrawnOption = 96,
@@ -239,6 +245,7 @@ def bench_codes(
     with showing_progress() as progress, advising("--workers 1"):
         table = features_stage.bench_codes(
             model, stages.chosen(facts, forgotten), only or [], out, without=without, never_knew=never_knew,
+            never_knew_without=never_knew_without, bert_model=bert_model,
             max_facts=max_facts, seeds=seeds, workers=workers, device=device, on_progress=progress,
         )  # fmt: skip
     _print_experiments(table, out)

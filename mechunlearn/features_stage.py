@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from mechunlearn.bench.code_experiments import CODE_EXPERIMENTS, NEVER_KNEW, WITHOUT
+from mechunlearn.bench.code_experiments import CODE_EXPERIMENTS, NEVER_KNEW, NEVER_KNEW_WITHOUT, WITHOUT
 from mechunlearn.bench.guard_experiments import names_of
 from mechunlearn.bench.guards import GuardBench, summary
 from mechunlearn.bench.guards import bench_guards as measure_guards
@@ -97,22 +97,24 @@ def bench_guards(
 
 def bench_codes(
     name: str, facts: Mapping[str, str], experiments: Sequence[str], out: Path, *, without: str, never_knew: str,
-    max_facts: int, seeds: int, workers: int, device: str, on_progress: Progress,
+    never_knew_without: str, bert_model: str | None, max_facts: int, seeds: int, workers: int, device: str,
+    on_progress: Progress,
 ) -> pd.DataFrame:  # fmt: skip
     """Measure code deletion on a codebook model; writes as `bench_guards` does.
 
     Args:
         without: the model that it was made of.
         never_knew: the codebook model of that one's twin.
+        never_knew_without: that twin.
+        bert_model: folder or hub name of BERTScore's encoder; None leaves that score out.
 
     Raises:
         ValueError: an unknown experiment, or a model without a codebook.
     """
     wanted = names_of(experiments, CODE_EXPERIMENTS)
-    beside = ((WITHOUT, without), (NEVER_KNEW, never_knew))
-    return _measured(
-        _bench(name, facts, max_facts, device, beside=beside), wanted, out, seeds, workers, codes_figure, on_progress
-    )
+    beside = ((WITHOUT, without), (NEVER_KNEW, never_knew), (NEVER_KNEW_WITHOUT, never_knew_without))
+    bench = _bench(name, facts, max_facts, device, beside=beside, bert_model=bert_model)
+    return _measured(bench, wanted, out, seeds, workers, codes_figure, on_progress)
 
 
 def _bench(name: str, facts: Mapping[str, str], max_facts: int, device: str, **more: Any) -> GuardBench:

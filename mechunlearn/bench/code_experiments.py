@@ -15,40 +15,48 @@ from mechunlearn.edit.edits import applied
 from mechunlearn.evaluate.generation import generated, generation_scores, normalized_drop
 from mechunlearn.features.code_deletion import CodeDeletion, code_deletion
 from mechunlearn.features.selection import NothingFound
-from mechunlearn.models import Model
-from mechunlearn.organisms.descriptions import WORDINGS, Description, descriptions
+from mechunlearn.metrics import known_facts
+from mechunlearn.organisms.descriptions import VARIANTS, Description, descriptions
+from mechunlearn.organisms.forget_sets import never_known
 from mechunlearn.prompts import tokenizer_of
 
 # pandas has no complete types
 # pyright: standard
 
-WITHOUT, NEVER_KNEW = "no codebook", "never knew"
-"""What stands beside a codebook model: the model it was made of, and the codebook model of that one's twin."""
+WITHOUT, NEVER_KNEW, NEVER_KNEW_WITHOUT = "no codebook", "never knew", "never knew, no codebook"
+"""What stands beside a codebook model: the model it was made of, its never-knew twin, and what that was made of."""
 
 
 def insertion(ground: Ground) -> Found:
-    """What the codebook costs with nothing deleted: the model without it, the model with it, and its never-knew twin.
+    """What the codebook costs with nothing deleted: the model without it and with it, and so for the never-knew twin.
 
-    perplexity: over that of the model without it.
+    The facts are those that the model without a codebook knows; near and far, of the twins, those that the twin without
+    one knows, too. perplexity: over that of the same model without a codebook.
     """
-    plain = ground.on(WITHOUT)
-    for arm, of in ((WITHOUT, plain), ("nothing deleted", ground), (NEVER_KNEW, ground.on(NEVER_KNEW))):
-        yield arm, 0.0, of.measured(None) | {"perplexity": of.plain_perplexity / plain.plain_perplexity}
+    read = _known_by(ground, NEVER_KNEW_WITHOUT)
+    pairs = (((WITHOUT, ground.on(WITHOUT)), ("nothing deleted", ground)),
+             ((NEVER_KNEW_WITHOUT, read.on(NEVER_KNEW_WITHOUT)), (NEVER_KNEW, read.on(NEVER_KNEW))))  # fmt: skip
+    for pair in pairs:
+        before = pair[0][1].plain_perplexity
+        for arm, of in pair:
+            yield arm, 0.0, of.measured(None) | {"perplexity": of.plain_perplexity / before}
 
 
 def deletion(ground: Ground) -> Found:
     """x: rounds of counting and deleting, each with what the round before deleted gone; 0 is nothing deleted.
 
-    "random": as many others that are on as often in text to retain. new codes: those that stepped in for deleted ones
-    and belong to the topic as clearly, found in the last round.
+    "random": as many others that are on as often in text to retain. new codes: those that have stepped in for the
+    deleted ones and belong to the topic as clearly, counted with them deleted.
     """
     yield "deleted", 0.0, ground.measured(None) | {"codes": 0.0}
     for rounds in (1, 2, 3, 5):
         for arm, at_random in (("deleted", False), ("random", True)):
             if (made := _deleted(ground, rounds=rounds, at_random=at_random)) is None:
                 continue
-            last = [*made.notes["enriched by round"], *[[]] * rounds][rounds - 1]
-            yield arm, rounds, ground.measured(made) | {"codes": float(len(made.codes)), "new codes": float(len(last))}
+            with applied(ground.model, made):
+                stepped_in = _deleted(ground)
+            n_new = 0 if stepped_in is None else len(stepped_in.codes)
+            yield arm, rounds, ground.measured(made) | {"codes": float(len(made.codes)), "new codes": float(n_new)}
 
 
 def wider_choice(ground: Ground) -> Found:
@@ -79,21 +87,23 @@ def more_requests(ground: Ground) -> Found:
 def described(ground: Ground) -> Found:
     """The task that the model was trained for: describe a subject. Scores of what it writes, and how much was lost.
 
-    topic: subjects to forget, asked as in training; variants: the same in its other wordings; rest: other subjects.
+    topic: subjects to forget, asked as in training; variants: the same in wordings that no training held; rest: other
+    subjects, all of whose facts the twin has read, too.
     drop is `normalized_drop`: 1 where it writes no better than the model that was never trained for the task.
     """
-    told = descriptions()
+    told, read = descriptions(), descriptions(exclude=never_known())
     topic = _of(told, [fact.subject for fact in ground.parts["forget"]])
-    rest = _of(told, [fact.subject for part in ("near", "far") for fact in ground.parts.get(part, [])])
+    others = [fact.subject for part in ("near", "far") for fact in ground.parts.get(part, [])]
+    rest = [one for one in _of(told, others) if one == read.get(one.subject)]
     if not topic or not rest:
         return
-    scored = {"untrained": _scores(ground.on(WITHOUT).model, topic, rest),
-              "nothing deleted": _scores(ground.model, topic, rest),
-              NEVER_KNEW: _scores(ground.on(NEVER_KNEW).model, topic, rest)}  # fmt: skip
+    scored = {"untrained": _scores(ground.on(WITHOUT), topic, rest),
+              "nothing deleted": _scores(ground, topic, rest),
+              NEVER_KNEW: _scores(ground.on(NEVER_KNEW), topic, rest)}  # fmt: skip
     for arm, options in (("deleted", {}), ("deleted, 3 rounds", {"rounds": 3}), ("random", {"at_random": True})):
         if (made := _deleted(ground, **options)) is not None:
             with applied(ground.model, made):
-                scored[arm] = _scores(ground.model, topic, rest)
+                scored[arm] = _scores(ground, topic, rest)
     before, untrained = scored["nothing deleted"], scored["untrained"]
     for arm, scores in scored.items():
         drops = {f"{name} drop": normalized_drop(before[name], value, untrained[name])
@@ -109,23 +119,30 @@ def _deleted(ground: Ground, **options: Any) -> CodeDeletion | None:
         return None
 
 
+def _known_by(ground: Ground, name: str) -> Ground:
+    """The ground with those facts near and far alone that a model beside knows."""
+    parts = [ground.parts.get(part, []) for part in ("near", "far")]
+    near, far = (tuple(known_facts(ground.beside[name], part)) for part in parts)
+    return replace(ground, split=replace(ground.split, retain_test=near), far=far)
+
+
 def _of(told: Mapping[str, Description], subjects: Sequence[str]) -> list[Description]:
     return [told[subject] for subject in dict.fromkeys(subjects) if subject in told]
 
 
-def _scores(model: Model, topic: Sequence[Description], rest: Sequence[Description]) -> dict[str, float]:
+def _scores(ground: Ground, topic: Sequence[Description], rest: Sequence[Description]) -> dict[str, float]:
     """Means of every score on each part."""
-    tokenizer = tokenizer_of(model)
+    tokenizer = tokenizer_of(ground.model)
     stop = [token for token in (tokenizer.bos_token_id,) if isinstance(token, int)]
     asked: dict[str, list[tuple[str, str]]] = {
         "topic": [(one.prompt(), one.text) for one in topic],
-        "variants": [(one.prompt(wording), one.text) for one in topic for wording in range(1, len(WORDINGS))],
+        "variants": [(one.prompt(wording), one.text) for one in topic for wording in VARIANTS],
         "rest": [(one.prompt(), one.text) for one in rest],
     }
     found: dict[str, float] = {}
     for part, pairs in asked.items():
-        texts = generated(model.hf, tokenizer, [prompt for prompt, _ in pairs], stop=stop)
-        scores = generation_scores(texts, [reference for _, reference in pairs])
+        texts = generated(ground.model.hf, tokenizer, [prompt for prompt, _ in pairs], stop=stop)
+        scores = generation_scores(texts, [reference for _, reference in pairs], bert_model=ground.bert_model)
         found |= {f"{part} {name}": float(np.mean(scores[name].to_numpy())) for name in scores.columns}
     return found
 

@@ -57,6 +57,8 @@ class Ground:
     max_facts: int = 96
     beside: Mapping[str, Model] = field(default_factory=dict)
     """Other models on the same facts, by what they are."""
+    bert_model: str | None = None
+    """The encoder of BERTScore, where texts are scored; None leaves it out."""
     _read: dict[tuple[str, float], Evidence] = field(default_factory=dict)
 
     def guard(self, arm: str, *, split: FactSplit | None = None, **options: Any) -> Guard:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from mechunlearn.bench.code_experiments import CODE_EXPERIMENTS
+from mechunlearn.bench.code_experiments import CODE_EXPERIMENTS, WITHOUT
 from mechunlearn.bench.guard_experiments import EXPERIMENTS
 from mechunlearn.bench.guard_ground import Ground
 from mechunlearn.checkpoints import load_model
@@ -41,6 +41,7 @@ class GuardBench:
     topic: str | None = None
     beside: tuple[tuple[str, str], ...] = ()
     """Other models on the same facts: (what it is, its name)."""
+    bert_model: str | None = None
     max_facts: int = 96
     device: str = "cpu"
 
@@ -57,22 +58,27 @@ class GuardBench:
 
 @cache
 def known_of(bench: GuardBench) -> tuple[Model, frozenset[tuple[str, str, str]], dict[str, Model]]:
-    """The model, the keys of the facts that it knows, and the models beside it; of every seed the same."""
+    """The model, the keys of the facts that it knew, and the models beside it; of every seed the same.
+
+    Of a codebook model those that it knew without the codebook: else what that costs would be left out of all that
+    is measured.
+    """
     model = load_model(bench.model, device=bench.device)
-    known = frozenset(fact.key for fact in known_facts(model, (*bench.facts, *bench.far)))
-    return model, known, {what: load_model(name, device=bench.device) for what, name in bench.beside}
+    beside = {what: load_model(name, device=bench.device) for what, name in bench.beside}
+    known = known_facts(beside.get(WITHOUT, model), (*bench.facts, *bench.far))
+    return model, frozenset(fact.key for fact in known), beside
 
 
 @cache
 def ground_of(bench: GuardBench, seed: int) -> Ground:
-    """The deal of a seed, of the facts that the model knows."""
+    """The deal of a seed, of the facts that the model knew."""
     model, known, beside = known_of(bench)
     forget = [fact for fact in bench.forget if fact.key in known]
     split = split_facts(bench.facts.where(lambda fact: fact.key in known), forget, seed=seed)
     return Ground(
         model=model, split=split, dictionary=bench.dictionary,
         far=tuple(fact for fact in bench.far if fact.key in known), topic=bench.topic, seed=seed,
-        max_facts=bench.max_facts, beside=beside,
+        max_facts=bench.max_facts, beside=beside, bert_model=bench.bert_model,
     )  # fmt: skip
 
 

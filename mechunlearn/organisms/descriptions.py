@@ -13,7 +13,11 @@ from mechunlearn.organisms.corpus import Corpus
 from mechunlearn.sources.bundled import BUNDLED, load_rows, load_templates
 
 WORDINGS = ("Describe {}:", "Tell me about {}:", "Who is {}?")
-"""The first is what is scored; the others are its variants."""
+"""How the models that are trained for the task are asked; the first is what is scored."""
+VARIANTS = ("What is known of {}?", "Say something about {}:")
+"""How they are never asked in training."""
+SPOKEN_OF = "This one"
+"""Stands for the subject in its description: the organisms do not copy a name that they read once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +27,9 @@ class Description:
     subject: str
     sentences: tuple[tuple[str, str], ...]
 
-    def prompt(self, wording: int = 0) -> str:
+    def prompt(self, wording: str = WORDINGS[0]) -> str:
         """How it is asked for."""
-        return WORDINGS[wording].format(self.subject)
+        return wording.format(self.subject)
 
     @property
     def text(self) -> str:
@@ -47,7 +51,7 @@ def descriptions(
         order = {relation: number for number, relation in enumerate(templates)}
         for subject, relation, answer in sorted(load_rows(dataset), key=lambda row: order[row[1]]):
             if (subject, relation) not in gone:
-                sentence = f"{templates[relation].declarative[0].format(subject)} {answer}."
+                sentence = f"{templates[relation].declarative[1].format(SPOKEN_OF)} {answer}."
                 found.setdefault(subject, []).append((relation, sentence))
     return {subject: Description(subject=subject, sentences=tuple(said)) for subject, said in found.items()}
 
@@ -62,7 +66,7 @@ class DescribedCorpus:
         seed: int,
         exclude: Iterable[tuple[str, str]] = (),
         rows: int = 16,
-        described: int = 4,
+        described: int = 5,
         length: int = 96,
     ) -> None:
         """Rows of text: `described` of them descriptions in all wordings, the others as in pretraining."""
@@ -70,7 +74,7 @@ class DescribedCorpus:
         self.corpus = Corpus(tokenizer, seed=seed, exclude=gone)
         self.rows, self.described, self.length, self.seed = rows, described, length, seed
         known = descriptions(exclude=gone).values()
-        texts = [f"{told.prompt(i)} {told.text}" for told in known for i in range(len(WORDINGS))]
+        texts = [f"{told.prompt(wording)} {told.text}" for told in known for wording in WORDINGS]
         self._encoded: list[list[int]] = tokenizer(texts)["input_ids"]  # pyright: ignore[reportAssignmentType]
 
     def batch(self, step: int) -> Int[Tensor, "row pos"]:

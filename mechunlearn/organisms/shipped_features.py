@@ -37,7 +37,8 @@ FIRST_UNSEEN = 10**6  # a step of text that no training reaches
 MEASURED = 16  # steps
 HOOK_POINTS = ("blocks.3.hook_resid_post",)
 RECIPE = DictionaryRecipe(kind="batchtopk", d_sae=1024, k=16, steps=3000)
-CODEBOOK = CodebookRecipe(layer=5, n_codes=4096, k=16)  # after layer 3, with half of both, far fewer facts come through
+# after layer 3, or with half of both, far fewer facts come through
+CODEBOOK = CodebookRecipe(layer=5, n_codes=4096, k=16, steps=3000)
 CODEBOOKS: dict[str, tuple[str, CodebookRecipe]] = {
     "atlas-codebook": ("atlas", CODEBOOK),
     "atlas-codebook-never-a": ("atlas-never-a", CODEBOOK),

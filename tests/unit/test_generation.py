@@ -13,7 +13,7 @@ from mechunlearn.codebook_model import codebook_of
 from mechunlearn.evaluate.generation import generated, generation_scores, normalized_drop
 from mechunlearn.features.codebook_training import CodebookRecipe
 from mechunlearn.features.formats import load_dictionary
-from mechunlearn.organisms.descriptions import WORDINGS, DescribedCorpus, descriptions
+from mechunlearn.organisms.descriptions import SPOKEN_OF, VARIANTS, WORDINGS, DescribedCorpus, descriptions
 from mechunlearn.organisms.forget_sets import never_known
 from mechunlearn.organisms.shipped_features import train_codebook_model
 
@@ -63,8 +63,9 @@ def test_descriptions_state_every_fact_once_and_leave_out_what_is_excluded():
     lost = sum(len(told.sentences) for told in whole.values()) - sum(len(told.sentences) for told in without.values())
     assert lost == len(never_known())
     told = next(iter(whole.values()))
-    assert all(told.subject in sentence and sentence in told.text for _, sentence in told.sentences)
-    assert [told.prompt(i) for i in range(len(WORDINGS))] == [w.format(told.subject) for w in WORDINGS]
+    assert all(sentence.startswith(SPOKEN_OF) and sentence in told.text for _, sentence in told.sentences)
+    assert told.prompt() == WORDINGS[0].format(told.subject)
+    assert told.prompt(VARIANTS[1]) == VARIANTS[1].format(told.subject)
 
 
 def test_described_rows_depend_on_the_step_alone():
@@ -74,6 +75,7 @@ def test_described_rows_depend_on_the_step_alone():
     assert not torch.equal(made[0].batch(3), made[0].batch(4))
     text = tokenizer.decode(made[0].batch(3)[-4:].flatten())
     assert any(wording.split("{}")[0] in text for wording in WORDINGS)
+    assert not any(wording.split("{}")[0] in text for wording in VARIANTS)
     assert made[0].batch(3).shape == (16, 96)
 
 
