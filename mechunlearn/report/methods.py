@@ -19,8 +19,8 @@ from mechunlearn.statistics import Interval
 def methods_table(runs: Sequence[Run]) -> pd.DataFrame:
     """One row a cell of every run, controls included; numbers over facts are `Interval`s.
 
-    forgotten, retained: mean P(true | candidates) of the hidden facts to forget and of facts to retain, by prompt,
-    just asked. perplexity ratio: on neutral text, to the run's own original. D: share of the knowledge that the
+    forgotten, retained: mean P(true | candidates) of the hidden facts to forget, over all seeds, and of facts to retain,
+    under the first seed, by prompt, just asked. perplexity: on neutral text; ratio: to the run's own original. D: share of the knowledge that the
     strongest attack brings back, through what guards the model if anything does. seconds: to make the edit, which is
     what one more request costs. with the weights: mean P(true) of the hidden facts that somebody who has the weights
     gets at least: of a guard that comes off, by taking it off; of anything else, after the strongest attack.
@@ -42,13 +42,14 @@ def _asked(run: Run) -> tuple[Any, Any]:
 
 def _row(run: Run, cell: Cell) -> dict[str, Any]:
     row = strongest(cell.verdict)
-    before = measured(cell, "forget_hidden", "p_true")
+    before = hidden_interval(cell.edited, row.name, before=True) if row else measured(cell, "forget_hidden", "p_true")
     after = hidden_interval(cell.edited, row.name) if row else None
     if cell.notes.get("comes_off"):
         after = measured(run.cell("original"), "forget_hidden", "p_true")
     return {
         "run": run.manifest["name"], "model": run.manifest["model"]["name"], "cell": cell.name,
         "verdict": str(cell.verdict), "forgotten": before, "retained": measured(cell, "retain_test", "p_true"),
+        "perplexity": measured(cell, "text", "perplexity", "text"),
         "perplexity ratio": measured(cell, "text", "perplexity_ratio", "text"),
         "strongest attack": row.name if row else MISSING, "D": share_interval(row) if row else None,
         "seconds": cell.notes.get("made_seconds"), "with the weights": after,

@@ -17,7 +17,7 @@ from mechunlearn.features.dictionary import Dictionary
 from mechunlearn.features.formats import save_dictionary
 from mechunlearn.report.html import write_report
 from mechunlearn.report.methods import methods_figure, methods_table
-from mechunlearn.report.numbers import strongest
+from mechunlearn.report.numbers import fact_means, strongest
 from mechunlearn.runs import load_run
 from mechunlearn.settings import check_settings, load_settings
 
@@ -182,6 +182,10 @@ def test_runs_are_compared_in_one_table(run, tmp_path):
     edited = table.loc[table["cell"] == "inject-random_mlps"].iloc[0]
     assert edited["retained lower"] <= edited["retained"] <= edited["retained upper"]
     cell = result.cell("inject-random_mlps")
+    before = fact_means(one.hidden_before() for one in cell.edited if one.attack == edited["strongest attack"])
+    assert edited["forgotten"] == pytest.approx(sum(before.values()) / len(before))
+    original = table.loc[table["cell"] == "original"].iloc[0]
+    assert edited["perplexity"] == pytest.approx(edited["perplexity ratio"] * original["perplexity"])
     assert edited["D"] == pytest.approx(strongest(cell.verdict).share)
     other = replace(result, manifest=result.manifest | {"settings": result.manifest["settings"] | {"seed": 7}})
     with pytest.raises(ValueError, match="forget different facts"):
