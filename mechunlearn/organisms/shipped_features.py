@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mechunlearn.checkpoints import load_model, save_model
 from mechunlearn.codebook import Codebook
-from mechunlearn.codebook_model import codebook_of, insert_codebook
+from mechunlearn.codebook_model import TENSORS, codebook_of, insert_codebook
 from mechunlearn.denormals import denormals_as_zero
 from mechunlearn.features.codebook_training import CodebookRecipe, CodebookTrainer
 from mechunlearn.features.dictionary import Dictionary
@@ -124,8 +124,9 @@ def train_codebook_model(
     model.hf.half()
     with whole_folder(folder / "model") as partial:
         save_model(model, partial)
-        digest = hashlib.sha256((partial / "model.safetensors").read_bytes()).hexdigest()
-        card = {"name": name, "organism": organism, "recipe": asdict(recipe), "steps": trainer.step, "sha256": digest}
+        files = ("model.safetensors", TENSORS)
+        digests = {name: hashlib.sha256((partial / name).read_bytes()).hexdigest() for name in files}
+        card = {"name": name, "organism": organism, "recipe": asdict(recipe), "steps": trainer.step, "sha256": digests}
         (partial / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return folder / "model"
 

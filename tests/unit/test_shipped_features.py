@@ -1,16 +1,25 @@
 """The dictionaries and codebook models that come with the organisms are what their notes and cards say."""
 
+import hashlib
+import json
+from pathlib import Path
+
 import pytest
+
+import mechunlearn
 
 from mechunlearn import applied, features, load_model, split_facts
 from mechunlearn.codebook_model import codebook_of
+from mechunlearn.evaluate.generation import generated
 from mechunlearn.features.bundled import bundled_dictionaries, dictionary_of
 from mechunlearn.features.quality import dictionary_quality
 from mechunlearn.metrics import score_facts
 from mechunlearn.organisms.bundle import ORGANISMS
+from mechunlearn.organisms.descriptions import descriptions
 from mechunlearn.organisms.forget_sets import load_forget_set
 from mechunlearn.organisms.shipped_features import CODEBOOKS, RECIPE, text_of
 
+WEIGHTS = Path(mechunlearn.__file__).parent / "organisms" / "weights"
 SHIPPED = [(name, hook_point) for name in ORGANISMS for hook_point in bundled_dictionaries(name)]
 
 
@@ -65,3 +74,29 @@ def test_deleting_a_sports_codes_makes_the_codebook_model_forget_it_and_random_o
             kept[name] = score_facts(model, others)["p_true"].mean()
     assert left["chosen"] < 0.6 < left["random"]
     assert min(kept.values()) > 0.85
+
+
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_a_card_names_the_files_beside_it(name):
+    folder = WEIGHTS / name
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    assert card["steps"] == CODEBOOKS[name][1].steps
+    assert {"model.safetensors", "codebook.safetensors"} == set(card["sha256"])
+    for file, digest in card["sha256"].items():
+        assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_a_shipped_codebook_model_describes_what_it_read_and_nothing_else(name):
+    """The task of `bench codes`: where it is not learnt, nothing can be lost on it."""
+    model, told = load_model(name, device="cpu"), descriptions()
+    sports, hockey = load_forget_set("sport-hockey")
+    others = [fact for fact in sports if fact.relation == "plays_sport" and fact.target_true != "hockey"]
+    exact = {}
+    for part, facts in (("hockey", hockey[:40]), ("others", others[:40])):
+        asked = [told[fact.subject] for fact in facts]
+        stop = [model.tokenizer.bos_token_id]
+        said = generated(model.hf, model.tokenizer, [one.prompt() for one in asked], max_new_tokens=16, stop=stop)
+        exact[part] = sum(text == one.text for text, one in zip(said, asked, strict=True)) / len(asked)
+    assert exact["others"] > 0.8
+    assert exact["hockey"] > 0.8 if CODEBOOKS[name][0] == "atlas" else exact["hockey"] < 0.2
