@@ -19,11 +19,12 @@ from mechunlearn.statistics import Interval
 def methods_table(runs: Sequence[Run]) -> pd.DataFrame:
     """One row a cell of every run, controls included; numbers over facts are `Interval`s.
 
-    forgotten, retained: mean P(true | candidates) of the hidden facts to forget, over all seeds, and of facts to retain,
-    under the first seed, by prompt, just asked. perplexity: on neutral text; ratio: to the run's own original. D: share of the knowledge that the
-    strongest attack brings back, through what guards the model if anything does. seconds: to make the edit, which is
-    what one more request costs. with the weights: mean P(true) of the hidden facts that somebody who has the weights
-    gets at least: of a guard that comes off, by taking it off; of anything else, after the strongest attack.
+    forgotten, retained: mean P(true | candidates) of hidden facts to forget, over all seeds, and of facts to retain,
+    under the first, by prompt, just asked. perplexity: on the evaluation's text (see `evaluate`); its ratio is to the
+    run's own original. D: share of the knowledge that the strongest attack brings back, through what guards the model
+    if anything does. seconds: to make the edit, which is what one more request costs. with the weights: mean P(true)
+    of the hidden facts that somebody who has the weights gets at least: of a guard that comes off, by taking it off;
+    of anything else, after the strongest attack.
 
     Raises:
         ValueError: runs about different facts.

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import mechunlearn
-
 from mechunlearn import applied, features, load_model, split_facts
 from mechunlearn.codebook_model import codebook_of
 from mechunlearn.evaluate.generation import generated
