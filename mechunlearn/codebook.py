@@ -1,8 +1,12 @@
 """Codebook: a bottleneck that lets an activation pass as a few codes of a fixed list, any of which can be deleted."""
 
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -114,14 +118,34 @@ class Codebook(nn.Module):
         self.passed = Passed(codes=chosen, x=given, decoded=decoded, z=z, z_codes=z_codes)
         return (decoded * self.scale).to(x.dtype)
 
-    def usable(self, codes: Tensor) -> None:
+    def usable(self, codes: Sequence[int]) -> None:
         """Raise ValueError unless these are codes, and k are left when they are deleted."""
-        if len(bad := codes[(codes < 0) | (codes >= self.shape.n_codes)]):
-            raise ValueError(f"codebook: got code {int(bad[0])}, allowed: 0 to {self.shape.n_codes - 1}")
+        if bad := [code for code in codes if not 0 <= code < self.shape.n_codes]:
+            raise ValueError(f"codebook: got code {bad[0]}, allowed: 0 to {self.shape.n_codes - 1}")
         gone = self.deleted.clone()
-        gone[codes] = True
+        gone[list(codes)] = True
         if (left := int((~gone).sum())) < self.shape.k:
             raise ValueError(f"codebook: {left} codes would be left, and {self.shape.k} are needed for every vector")
+
+    @contextmanager
+    def without(self, codes: Sequence[int]) -> Iterator[None]:
+        """Inside, these are deleted, too; afterwards, also on error, those are that were before.
+
+        Raises:
+            ValueError: as `usable`.
+        """
+        self.usable(codes)
+        before = self.deleted.clone()
+        try:
+            self.deleted[list(codes)] = True
+            yield
+        finally:
+            self.deleted.copy_(before)
+
+    def marks(self, codes: Sequence[int]) -> tuple[str, ...]:
+        """By which each code is known again: a hash of its vector's signs, which rounding to another type leaves."""
+        signs = torch.signbit(self.codes.detach()[list(codes)]).cpu().numpy()
+        return tuple(hashlib.sha256(np.packbits(row).tobytes()).hexdigest()[:16] for row in signs)
 
     def settings(self) -> dict[str, object]:
         """The shape, as plain data."""

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,15 +27,21 @@ def codebook_in(hf: nn.Module) -> Codebook | None:
     return found if isinstance(found, Codebook) else None
 
 
-def codebook_of(model: Model) -> Codebook:
-    """The codebook of a model.
+def codebook_of(model: Model | PreTrainedModel) -> Codebook:
+    """The codebook of a model, or of a plain transformers model.
 
     Raises:
         ValueError: it has none.
     """
-    if (found := codebook_in(model.hf)) is None:
-        raise ValueError(f"{model.name} has no codebook; train one into it, or load a model that has one")
+    hf = model.hf if isinstance(model, Model) else model
+    if (found := codebook_in(hf)) is None:
+        raise ValueError(f"{name_of(model)} has no codebook; train one into it, or load a model that has one")
     return found
+
+
+def name_of(model: Model | PreTrainedModel) -> str:
+    """What a model is called: where it was loaded from, or its class."""
+    return model.name if isinstance(model, Model) else model.name_or_path or type(model).__name__
 
 
 def insert_codebook(model: Model, codebook: Codebook, layer: int) -> None:
@@ -45,13 +53,14 @@ def insert_codebook(model: Model, codebook: Codebook, layer: int) -> None:
     Raises:
         ValueError: a layer that the model does not have, another width, or a model that has a codebook already.
     """
+    stands_in = block(model, layer)
     _own(model.hf, codebook, model.d_model, layer)
     if has_parallel_blocks(model):
 
         def on_block(_module: nn.Module, _inputs: Any, output: Any) -> Any:
             return with_first_output(output, codebook(first_output(output)))
 
-        block(model, layer).register_forward_hook(on_block)
+        stands_in.register_forward_hook(on_block)
     else:
         attach_between(model, layer, lambda _place, stream: codebook(stream))
 
@@ -101,19 +110,31 @@ def save_codebook(codebook: Codebook, folder: Path) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def load_codebook(folder: Path) -> tuple[Codebook, int] | None:
-    """The codebook in a model's folder and its layer; None if there is none.
+def load_codebook(where: str | Path, revision: str | None = None) -> tuple[Codebook, int] | None:
+    """The codebook in a model's folder or in its repository on the hub, and its layer; None if there is none.
 
     Raises:
         ValueError: one that is damaged.
     """
-    if not (folder / SETTINGS).is_file():
+    if (found := _beside(where, SETTINGS, revision)) is None:
         return None
     try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = json.loads(found.read_text(encoding="utf-8"))
         layer = int(settings.pop("layer"))
         made = Codebook(CodebookShape(**settings))
-        made.load_state_dict(load_file(folder / TENSORS))
+        if (tensors := _beside(where, TENSORS, revision)) is None:
+            raise ValueError(f"no {TENSORS} in it")
+        made.load_state_dict(load_file(tensors))
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: cannot read its codebook: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{where}: cannot read its codebook: {str(error).splitlines()[0]}") from None
     return made, layer
+
+
+def _beside(where: str | Path, name: str, revision: str | None) -> Path | None:
+    """A file of a checkpoint; None if there is none, or if it cannot be had offline."""
+    if Path(where).is_dir():
+        return Path(where) / name if (Path(where) / name).is_file() else None
+    try:
+        return Path(hf_hub_download(str(where), name, revision=revision))
+    except EntryNotFoundError:
+        return None

@@ -36,7 +36,8 @@ __all__ = [
     "Model", "NotSupported", "all_components", "attention", "attention_write", "block", "component_parameters",
     "embedding", "final_norm", "first_output", "has_parallel_blocks", "head_input", "is_transposed",
     "matrix_parameters", "mlp", "mlp_neurons", "mlp_write", "n_parts", "oriented", "projection",
-    "projection_columns", "stream_norms", "unembedding", "weight_matrices", "with_first_output", "wrap_model",
+    "projection_columns", "stream_norms", "unembedding", "weight_matrices", "weights_sha256",
+    "with_first_output", "wrap_model",
 ]  # fmt: skip
 
 
@@ -101,13 +102,8 @@ class Model:
 
     @property
     def sha256(self) -> str:
-        """Hash of every parameter's name, type, shape and bytes. Computed anew each time, for weights can change."""
-        digest = hashlib.sha256()
-        for name, parameter in sorted(self.hf.named_parameters()):
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-            flat = parameter.detach().reshape(-1).contiguous().cpu()
-            digest.update(flat.view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        """See `weights_sha256`. Computed anew each time, for weights can change."""
+        return weights_sha256(self.hf)
 
     @cached_property
     def bridge(self) -> "TransformerBridge":
@@ -135,6 +131,16 @@ class Model:
             "kept as": f"{str(self.dtype).removeprefix('torch.')} on {self.device}",
         }  # fmt: skip
         return html_card(self.name, lines)
+
+
+def weights_sha256(hf: nn.Module) -> str:
+    """Hash of every parameter's name, type, shape and bytes."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(hf.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        flat = parameter.detach().reshape(-1).contiguous().cpu()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def wrap_model(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str = "model") -> Model:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mechunlearn.edit.edits import Edit
-from mechunlearn.features.code_deletion import CodeDeletion, load_deletion, save_deletion
+from mechunlearn.features.deletion import CodeDeletion, load_deletion, save_deletion
 from mechunlearn.features.guard import Guard, load_guard, save_guard
 
 GUARD, DELETION = "guard.safetensors", "deletion.json"

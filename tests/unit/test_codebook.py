@@ -8,19 +8,13 @@ import pytest
 import torch
 import transformers
 
-from mechunlearn import applied, load_model, save_model, split_facts
+from mechunlearn import applied, attack, load_model, save_model, split_facts
 from mechunlearn.activations import read
 from mechunlearn.codebook import Codebook, CodebookShape
 from mechunlearn.codebook_model import codebook_of, insert_codebook, insert_in_encoder
-from mechunlearn.features.code_deletion import (
-    CodeDeletion,
-    code_deletion,
-    erase_codes,
-    load_deletion,
-    paired_sentences,
-    save_deletion,
-)
+from mechunlearn.features.code_deletion import code_deletion, paired_sentences
 from mechunlearn.features.codebook_training import CodebookRecipe, CodebookTrainer
+from mechunlearn.features.deletion import CodeDeletion, erase_codes, load_deletion, save_deletion
 from mechunlearn.features.texts import statements
 from mechunlearn.features.token_rows import rows_of_texts
 from mechunlearn.features.topics import codes_in, enriched_codes, substituted
@@ -133,9 +127,9 @@ def test_what_does_not_fit_is_refused(tiny_model):
     with pytest.raises(NotSupported, match="without its codebook"):
         _ = model.bridge
     with pytest.raises(ValueError, match="2 codes would be left"):
-        codebook_of(model).usable(torch.arange(38))
+        codebook_of(model).usable(range(38))
     with pytest.raises(ValueError, match="got code 40"):
-        codebook_of(model).usable(torch.tensor([40]))
+        codebook_of(model).usable([40])
 
 
 def causal_batches(model: Model, facts):
@@ -255,7 +249,7 @@ def test_deleting_codes_changes_the_model_inside_alone_and_nests(tiny_model):
     model, ids = with_codebook(tiny_model()), some_ids()
     before = logits_of(model.hf, ids)
     used = codebook_of(model).passed.codes.flatten().unique().tolist()
-    first, second = (CodeDeletion(codes=(code,), base_name="", base_sha256="") for code in used[:2])
+    first, second = (CodeDeletion.of(model, [code]) for code in used[:2])
     with applied(model, first):
         once = logits_of(model.hf, ids)
         assert used[0] not in codebook_of(model).passed.codes
@@ -265,9 +259,11 @@ def test_deleting_codes_changes_the_model_inside_alone_and_nests(tiny_model):
         assert torch.equal(logits_of(model.hf, ids), once)
     assert not torch.equal(once, before)
     assert torch.equal(logits_of(model.hf, ids), before)
-    all_but_two = CodeDeletion(codes=tuple(range(38)), base_name="", base_sha256="")
-    with pytest.raises(ValueError, match="2 codes would be left"), applied(model, all_but_two):
+    most = CodeDeletion.of(model, range(1, 20)), CodeDeletion.of(model, range(20, 39))
+    with pytest.raises(ValueError, match="2 codes would be left"), applied(model, most[0]), applied(model, most[1]):
         pass
+    with pytest.raises(ValueError, match="2 codes would be left"):
+        CodeDeletion.of(model, range(38))
     assert not codebook_of(model).deleted.any()
     with pytest.raises(ValueError, match="has no codebook"), applied(tiny_model(), first):
         pass
@@ -360,7 +356,7 @@ def test_erased_codes_are_not_in_the_saved_model(tiny_model, tmp_path: Path):
     model = with_codebook(tiny_model())
     codes = torch.tensor([3, 7])
     vectors = codebook_of(model).codes.detach()[codes].clone()
-    deletion = CodeDeletion(codes=(3, 7), base_name="tiny", base_sha256="0")
+    deletion = CodeDeletion.of(model, [3, 7])
     with applied(model, deletion), torch.no_grad():
         wanted = model.hf(some_ids()).logits
     erase_codes(model, deletion)
@@ -370,3 +366,60 @@ def test_erased_codes_are_not_in_the_saved_model(tiny_model, tmp_path: Path):
     assert not codebook_of(loaded).codes[codes].any()
     with torch.no_grad():
         torch.testing.assert_close(loaded.hf(some_ids()).logits, wanted)
+    others = CodeDeletion.of(with_codebook(tiny_model()), [3, 9])  # chosen before, and one of them is erased
+    erase_codes(loaded, others)
+    assert codebook_of(loaded).deleted.nonzero()[:, 0].tolist() == [3, 7, 9]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_deletion_fits_its_own_codebook_in_any_dtype_and_no_other(tiny_model, dtype, tmp_path: Path):
+    model = with_codebook(tiny_model())
+    save_deletion(CodeDeletion.of(model, [3, 7]), tmp_path / "deletion.json")
+    deletion = load_deletion(tmp_path / "deletion.json")
+    model.hf.to(dtype)
+    with applied(model, deletion):
+        assert codebook_of(model).deleted.nonzero()[:, 0].tolist() == [3, 7]
+    other = tiny_model()
+    insert_codebook(other, Codebook(codebook_of(model).shape, seed=1), 1)
+    other.hf.to(dtype)
+    with pytest.raises(ValueError, match="code 3 is another"), applied(other, deletion):
+        pass
+    with pytest.raises(ValueError, match="code 3 is another"):
+        erase_codes(other, deletion)
+    assert not codebook_of(other).deleted.any()
+    with torch.no_grad():
+        codebook_of(model).codes[[7, 9]] = codebook_of(model).codes[[9, 7]]  # the same vectors under other numbers
+    with pytest.raises(ValueError, match="code 7 is another"), applied(model, deletion):
+        pass
+
+
+def test_a_deletion_stays_on_while_weights_are_relearned_and_rounded(tiny_model, split):
+    """What attacks change is around the codebook: its own tensors are the same before and after, and inside."""
+    model = with_codebook(tiny_model())
+    codebook, deletion = codebook_of(model), CodeDeletion.of(with_codebook(tiny_model()), [1, 2, 3])
+    before = {name: value.clone() for name, value in codebook.state_dict().items()}
+    inside: list[list[int]] = []
+    codebook.register_forward_hook(lambda module, given, output: inside.append(module.passed.codes.unique().tolist()))
+    quick = {"kinds": ["full"], "learning_rates": [1e-3], "steps": 2}
+    with applied(model, deletion):
+        attack.relearning(model, split, **quick)
+        attack.quantization(model, split, bits=[8], group_sizes=[0])
+        with applied(model, deletion):
+            logits_of(model.hf, some_ids())
+    assert not {1, 2, 3} & {code for codes in inside for code in codes}
+    assert all(torch.equal(value, before[name]) for name, value in codebook.state_dict().items())
+    with applied(model, deletion):
+        logits_of(model.hf, some_ids())
+
+
+def test_a_deletion_that_does_not_say_of_which_codebook_is_refused(tiny_model, tmp_path: Path):
+    by_hand = CodeDeletion(codes=(3, 7), base_name="tiny", base_sha256="0")
+    with pytest.raises(ValueError, match="does not say which codebook"), applied(with_codebook(tiny_model()), by_hand):
+        pass
+    with pytest.raises(ValueError, match="1 marks of 2 codes"):
+        replace(by_hand, marks=("0",))
+    save_deletion(by_hand, tmp_path / "old.json")
+    old = (tmp_path / "old.json").read_text().replace("deletion 2", "deletion 1")
+    (tmp_path / "old.json").write_text(old)
+    with pytest.raises(ValueError, match="another format"):
+        load_deletion(tmp_path / "old.json")
