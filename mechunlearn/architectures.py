@@ -149,6 +149,8 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     kind = str(config.model_type)
     if kind not in ARCHITECTURES:
         advice = "; load its text-only checkpoint (gemma3_text)" if kind == "gemma3" else ""
+        if getattr(config, "is_encoder_decoder", False):
+            advice = "; for codebooks load_encoder_decoder takes it"
         raise NotSupported(f"architecture {kind!r} is not supported, supported: {', '.join(ARCHITECTURES)}{advice}")
     if getattr(config, "add_cross_attention", False):
         raise NotSupported(f"architecture {kind!r} with cross-attention is not supported; use a decoder-only model")

@@ -5,8 +5,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,15 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from mechunlearn.architectures import ARCHITECTURES, NotSupported, architecture_of
-from mechunlearn.codebook_model import codebook_in, insert_codebook, load_codebook, save_codebook, without_codebook
+from mechunlearn.codebook import Codebook
+from mechunlearn.codebook_model import (
+    NAME,
+    codebook_in,
+    insert_codebook,
+    load_codebook,
+    save_codebook,
+    without_codebook,
+)
 from mechunlearn.models import Model, wrap_model
 from mechunlearn.registry import did_you_mean
 
@@ -58,6 +67,40 @@ def load_model(
         ValueError: a checkpoint that is damaged or incomplete.
         NotSupported: an architecture that mechunlearn does not know.
     """
+    read = read_checkpoint(
+        name_or_path, AutoModelForCausalLM, architecture_of, device=device, dtype=dtype, revision=revision
+    )
+    model = Model(hf=read.hf, tokenizer=read.tokenizer, name=str(name_or_path), revision=read.revision)
+    if read.codebook is not None:
+        insert_codebook(model, *read.codebook)
+    return model
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """What lies in a folder or a repository of the hub."""
+
+    hf: PreTrainedModel
+    """In eval mode, still without the codebook."""
+    tokenizer: PreTrainedTokenizerBase | None
+    codebook: tuple[Codebook, int] | None
+    """With the layer that it belongs in."""
+    revision: str | None
+
+
+def read_checkpoint(
+    name_or_path: str | Path, kind: Any, check: Callable[[PretrainedConfig], object], *, device: str, dtype: DType,
+    revision: str | None,
+) -> Checkpoint:  # fmt: skip
+    """What `load_model` reads; only safetensors, and no code from the checkpoint is run.
+
+    Args:
+        kind: the class of transformers that makes the model.
+        check: raises where the configuration is of a model that is not wanted, before weights are read.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model`.
+    """
     where, bundled = _resolve(str(name_or_path))
     chosen = choose_device(device)
     if bundled:
@@ -66,21 +109,16 @@ def load_model(
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _cannot_load(name_or_path, error) from None
-    architecture_of(config)
+    check(config)
     if dtype == "auto":
         wanted: Any = torch.float32 if bundled or chosen.type == "cpu" else "auto"
     else:
         wanted = getattr(torch, dtype)
-    hf = _load_weights(where, config, wanted, revision).to(chosen)  # pyright: ignore[reportArgumentType]
-    model = Model(
-        hf=hf.eval(),
-        tokenizer=_load_tokenizer(where, revision),
-        name=str(name_or_path),
-        revision=getattr(config, "_commit_hash", None) or revision,
+    hf = _load_weights(where, kind, config, wanted, revision).to(chosen)  # pyright: ignore[reportArgumentType]
+    commit = getattr(config, "_commit_hash", None) or revision
+    return Checkpoint(
+        hf=hf.eval(), tokenizer=_load_tokenizer(where, revision), codebook=load_codebook(where, commit), revision=commit
     )
-    if (found := load_codebook(Path(where))) is not None:
-        insert_codebook(model, *found)
-    return model
 
 
 def model_without_weights(config: str | Path, *, dtype: DType = "auto") -> Model:
@@ -138,6 +176,11 @@ def save_model(model: Model, folder: str | Path) -> None:
     Raises:
         ValueError: the folder exists and is not empty.
     """
+    write_checkpoint(model.hf, model.tokenizer, folder)
+
+
+def write_checkpoint(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:
+    """What `save_model` writes, of any model of transformers: the weights, and the codebook beside them."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"cannot save a model to {folder}: it exists and is not an empty folder; choose another")
@@ -145,11 +188,11 @@ def save_model(model: Model, folder: str | Path) -> None:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         with _no_progress_bars():
-            model.hf.save_pretrained(temporary, state_dict=without_codebook(model.hf.state_dict()))
-        if (codebook := codebook_in(model.hf)) is not None:
+            hf.save_pretrained(temporary, state_dict=without_codebook(hf.state_dict()))
+        if (codebook := codebook_in(hf)) is not None:
             save_codebook(codebook, temporary)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
         temporary.chmod(0o755)  # mkdtemp's own mode would hide the checkpoint from everyone else
         os.replace(temporary, folder)
     finally:
@@ -227,10 +270,10 @@ def _check_sha256(folder: Path) -> None:
                          f"{str(expected)[:12]}...; reinstall the package")  # fmt: skip
 
 
-def _load_weights(where: str, config: PretrainedConfig, dtype: Any, revision: str | None) -> PreTrainedModel:
+def _load_weights(where: str, kind: Any, config: PretrainedConfig, dtype: Any, revision: str | None) -> PreTrainedModel:
     try:
         with _no_progress_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 where, config=config, dtype=dtype, revision=revision, use_safetensors=True, trust_remote_code=False,
                 output_loading_info=True,
             )  # fmt: skip
@@ -239,6 +282,11 @@ def _load_weights(where: str, config: PretrainedConfig, dtype: Any, revision: st
     hf, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"checkpoint {where} is incomplete: {len(missing)} weights are missing, e.g. {missing[0]}")
+    if any(name.startswith(f"{NAME}.") for name in info["unexpected_keys"]):
+        raise ValueError(
+            f"checkpoint {where} holds a codebook among its weights, and not where it stands; save it by save_model or "
+            "save_encoder_decoder"
+        )
     return hf
 
 

@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from mechunlearn.checkpoints import load_model, save_model
 from mechunlearn.codebook import Codebook
 from mechunlearn.codebook_model import TENSORS, codebook_of, insert_codebook
-from mechunlearn.denormals import denormals_as_zero
-from mechunlearn.features.codebook_training import CodebookRecipe, CodebookTrainer
+from mechunlearn.features.codebook_training import CodebookRecipe, train_codebook
 from mechunlearn.features.dictionary import Dictionary
 from mechunlearn.features.formats import save_dictionary
 from mechunlearn.features.quality import dictionary_quality
@@ -116,11 +115,7 @@ def train_codebook_model(
         ids = text.batch(step)
         return {"input_ids": ids, "labels": ids}
 
-    trainer = CodebookTrainer(model.hf, batches, recipe, tokens_a_step=ROWS * LENGTH, text=f"{organism}, described")
-    with denormals_as_zero():
-        run_training(trainer, folder, on_step=on_step)
-    model.hf.eval()
-    codebook_of(model).passed = None
+    trainer = train_codebook(model.hf, batches, recipe, folder, text=f"{organism}, described", on_step=on_step)
     model.hf.half()
     with whole_folder(folder / "model") as partial:
         save_model(model, partial)

@@ -1,4 +1,4 @@
-"""Codebooks: nothing leaks past, deletion falls through, training resumes, topics are found; also in a T5."""
+"""Codebooks: nothing leaks past, deletion falls through, training resumes, topics are found."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -184,43 +184,6 @@ def test_dead_codes_start_again_where_vectors_are(tiny_model, tiny_facts):
     for _ in range(31):
         never.train_step()
     assert int((made.unused_for < 400).sum()) > int((never.unused_for < 400).sum())
-
-
-def tiny_t5() -> transformers.T5ForConditionalGeneration:
-    torch.manual_seed(0)
-    return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=120, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, decoder_start_token_id=1,
-            pad_token_id=1, eos_token_id=0,
-        )
-    ).eval()  # fmt: skip
-
-
-def test_an_encoder_decoder_model_trains_through_a_codebook(tiny_model, tmp_path: Path):
-    hf, tokenizer = tiny_t5(), tiny_model().tokenizer
-    recipe = replace(RECIPE, steps=80, model_learning_rate=3e-3)
-    codebook = Codebook(recipe.shape(32))
-    insert_in_encoder(hf, codebook, 1)
-    ids = some_ids(8)
-
-    def batches(step: int):
-        g = torch.Generator().manual_seed(step)
-        given = torch.randint(2, 12, (16, 5), generator=g)
-        return {"input_ids": given, "labels": given}
-
-    made = CodebookTrainer(hf, batches, recipe, tokens_a_step=80)
-    losses: list[float] = []
-    run_training(made, tmp_path, checkpoint_every=80, on_step=lambda step, loss: losses.append(loss))
-    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
-    hf.eval()
-    with torch.no_grad():
-        before = hf(input_ids=ids, labels=ids).logits
-        codebook.deleted[codebook.passed.codes[0, 0]] = True
-        assert not torch.equal(hf(input_ids=ids, labels=ids).logits, before)
-    found = codes_in(hf, tokenizer, codebook, ["Bram likes red", "Cora"])
-    assert found.shape == (2, 48)
-    assert 3 <= int(found[1].sum()) <= 3 * 12
-    assert torch.equal(hf.generate(ids, max_new_tokens=4), hf.generate(ids, max_new_tokens=4, use_cache=False))
 
 
 def test_counting_codes_is_the_same_in_any_batch_and_wider_when_asked(tiny_model, tiny_facts):
