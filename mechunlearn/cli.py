@@ -1,4 +1,4 @@
-"""The command line: a command a verb, plus edges, undo, run, plan, list and the groups; each imports late."""
+"""The command line: a command a verb, plus edges, export, undo, run, plan, list and the groups; each imports late."""
 
 import sys
 from concurrent.futures import BrokenExecutor
@@ -199,6 +199,20 @@ def guard(
     table = stages.guard(model, stages.chosen(facts, forgotten), method or "", pairs_of(set_), device=device, out=out)
     print_frame(table, title=f"{method}: before and inside")
     console.print(f"guard: {escape(str(out))}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="What `edit`, `edit --on` or `guard` (code deletion) wrote.")],
+    out: Annotated[Path, typer.Option("--out", help="Model folder to write.")],
+    model: ModelOption = "atlas",
+    device: Annotated[str, typer.Option("--device")] = "auto",
+) -> None:
+    """Write the changed model as a model folder: the weights edited, or a deletion's codes erased for good."""
+    from mechunlearn import stages
+
+    stages.export(model, folder, out, device=device)
+    console.print(f"model: {escape(str(out))}", soft_wrap=True)
 
 
 @app.command()

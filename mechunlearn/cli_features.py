@@ -8,7 +8,9 @@ from rich.markup import escape
 
 from mechunlearn.cli_console import ModelOption, SetOption, console, pairs_of, print_frame, showing_progress
 
-features_app = typer.Typer(help="Train dictionaries of a model's activations, and codebooks.", no_args_is_help=True)
+features_app = typer.Typer(
+    help="Train dictionaries of a model's activations, and codebooks into models.", no_args_is_help=True
+)
 OutOption = Annotated[Path, typer.Option("--out", help="Folder of checkpoints and of what is finished.")]
 
 
@@ -32,6 +34,26 @@ def features_train(
         )
     print_frame(table, title=f"{model}, {hook}: on text that it was not trained on")
     console.print(f"dictionary (SAELens folder): {escape(str(folder))}", soft_wrap=True)
+
+
+@features_app.command("codebook")
+def features_codebook(
+    model: ModelOption,
+    layer: Annotated[int, typer.Option("--layer", help="Whose stream, after attention, goes through it; from 0.")],
+    text: Annotated[Path, typer.Option("--text", help="Text file, a passage a line.")],
+    out: Annotated[Path, typer.Option("--out", help="Model folder to write; OUT.training keeps the training's state.")],
+    options: SetOption = None,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+) -> None:
+    """Train a codebook into a model; interrupted, it goes on from its last checkpoint. For `guard --model OUT`."""
+    from mechunlearn import features_stage
+
+    with showing_progress() as progress:
+        table = features_stage.codebook(
+            model, layer, pairs_of(options), out, text=text, device=device, on_step=progress
+        )  # fmt: skip
+    print_frame(table, title=f"{model}, nats per token of text not trained on: as it was, and with its codebook")
+    console.print(f"model with a codebook: {escape(str(out))}", soft_wrap=True)
 
 
 @features_app.command("make")

@@ -1,20 +1,26 @@
 """Dictionaries and codebook models as the command line offers them."""
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+import torch
+from torch import Tensor
 
 from mechunlearn.bench.code_experiments import CODE_EXPERIMENTS, NEVER_KNEW, NEVER_KNEW_WITHOUT, WITHOUT
 from mechunlearn.bench.guard_experiments import names_of
 from mechunlearn.bench.guards import GuardBench, summary
 from mechunlearn.bench.guards import bench_guards as measure_guards
-from mechunlearn.checkpoints import choose_device, load_model
+from mechunlearn.checkpoints import choose_device, load_model, save_model
+from mechunlearn.codebook import Codebook
+from mechunlearn.codebook_model import insert_codebook
 from mechunlearn.experiment import choose_facts, n_workers
+from mechunlearn.features.codebook_training import CodebookRecipe, train_codebook
 from mechunlearn.features.token_rows import TokenRows, rows_of_texts
 from mechunlearn.features.training import DictionaryRecipe
 from mechunlearn.files import replaceable, whole_folder
@@ -24,6 +30,7 @@ from mechunlearn.organisms.shipped_features import (
     CODEBOOKS,
     HOOK_POINTS,
     LENGTH,
+    MEASURED,
     RECIPE,
     ROWS,
     OnStep,
@@ -64,6 +71,49 @@ def train(
         on_step=_told(on_step, hook_point, recipe.steps),
     )  # fmt: skip
     return pd.DataFrame([found.notes["quality"]]), folder / "dictionary"
+
+
+def codebook(
+    name: str, layer: int, options: Mapping[str, Any], out: Path, *, text: Path, device: str, on_step: Progress
+) -> pd.DataFrame:
+    """Train a codebook into a model on a file's text (a passage a line); `out` becomes a model folder that has it.
+
+    What the training goes on from is kept beside, in `out`.training. On CPUs and cards alike it is in float32.
+
+    Returns:
+        One row: mean loss in nats per token on text that was not trained on, of the model as it was and with the
+        codebook, and what that costs.
+
+    Raises:
+        ValueError: an unknown option or layer, a model that has a codebook, or too little text.
+    """
+    out = replaceable(out)
+    if "layer" in options:
+        raise ValueError(f"codebook: got --set layer={options['layer']}; give it by --layer")
+    checked = Method(name="codebook", kind="stage", function=CodebookRecipe, source="")
+    recipe = CodebookRecipe(**checked.validate({**options, "layer": layer}))
+    model = load_model(name, device=str(choose_device(device)), dtype="float32")
+    base, made = model.sha256, Codebook(recipe.shape(model.d_model), seed=recipe.seed)
+    rows, unseen = _rows_of(model, text)
+    before = _loss(model, unseen)
+    insert_codebook(model, made, layer)
+
+    def batches(step: int) -> dict[str, Tensor]:
+        ids = rows(step)
+        return {"input_ids": ids, "labels": ids}
+
+    state = out.with_name(f"{out.name}.training")
+    train_codebook(
+        model.hf, batches, recipe, state, text=text_digest(text), base=base,
+        on_step=_told(on_step, f"codebook in layer {layer}", recipe.steps),
+    )  # fmt: skip
+    after = _loss(model, unseen)
+    found = {"loss without": before, "loss with": after, "cost": after - before}
+    card = {"of": name, "sha256": base, "recipe": asdict(recipe), "text": text_digest(text), **found}
+    with whole_folder(out) as partial:
+        save_model(model, partial)
+        (partial / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    return pd.DataFrame([found])
 
 
 def make_shipped(out: Path, *, device: str, on_step: Progress) -> list[Path]:
@@ -142,6 +192,13 @@ def _measured(
         found.to_csv(partial / "summary.csv", index=False)
         figure(found).write_html(partial / "figure.html")
     return found
+
+
+@torch.no_grad()
+def _loss(model: Model, rows: TokenRows) -> float:
+    """Mean over a fixed number of batches, in nats per token."""
+    batches = (rows(step).to(model.device) for step in range(MEASURED))
+    return sum(float(model.hf(input_ids=ids, labels=ids, use_cache=False).loss) for ids in batches) / MEASURED
 
 
 def _rows_of(model: Model, path: Path) -> tuple[TokenRows, TokenRows]:

@@ -26,7 +26,7 @@ from mechunlearn.bench.planted_settings import LocalizerSettings, PlantedSetting
 from mechunlearn.bench.speed import bench_speed as measure_speed
 from mechunlearn.bench.verdict import QUICK, VerdictBench
 from mechunlearn.bench.verdict import bench_verdict as judge_known_truth
-from mechunlearn.checkpoints import DType, bundled_models, choose_device, load_model, model_folder
+from mechunlearn.checkpoints import DType, bundled_models, choose_device, load_model, model_folder, save_model
 from mechunlearn.components import Component, ComponentScores
 from mechunlearn.controls import SUPPRESSIONS
 from mechunlearn.edit import EDITORS
@@ -38,6 +38,8 @@ from mechunlearn.experiment import Stage, prepare, process_pool
 from mechunlearn.experiment import localize as run_localizer
 from mechunlearn.facts import FactSplit
 from mechunlearn.features import GUARDS
+from mechunlearn.features.deletion import CodeDeletion, erase_codes
+from mechunlearn.features.guard import Guard
 from mechunlearn.features.guard_files import load_from, save_in
 from mechunlearn.features.selection import FEATURE_RULES
 from mechunlearn.files import replaceable, whole_folder
@@ -226,6 +228,23 @@ def guard(
         save_splits([stage.split], folder / "splits.json")
         now.to_csv(folder / "evaluation.csv", index=False)
     return _side_by_side(before, now)
+
+
+def export(model: str, folder: Path, out: Path, *, device: str) -> None:
+    """Write the model as a folder's edits change it, or without the codes of its deletion: they are erased for good.
+
+    Raises:
+        ValueError: a guard, which is no part of a model folder; edits of another model, codes of another codebook.
+    """
+    made = load_from(folder)
+    if isinstance(made, Guard):
+        raise ValueError(f"export: {folder} holds a guard, which changes no weight and is kept beside the model")
+    loaded = load_model(model, device=device)
+    if isinstance(made, CodeDeletion):
+        erase_codes(loaded, made)
+        save_model(loaded, out)
+    else:
+        load_stack(folder).export(loaded, out)
 
 
 def _side_by_side(before: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:

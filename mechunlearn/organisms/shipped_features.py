@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mechunlearn.checkpoints import load_model, save_model
 from mechunlearn.codebook import Codebook
-from mechunlearn.codebook_model import TENSORS, codebook_of, insert_codebook
+from mechunlearn.codebook_model import TENSORS, insert_codebook
 from mechunlearn.features.codebook_training import CodebookRecipe, train_codebook
 from mechunlearn.features.dictionary import Dictionary
 from mechunlearn.features.formats import save_dictionary
