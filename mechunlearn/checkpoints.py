@@ -260,14 +260,15 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_sha256(folder: Path) -> None:
-    """Compare a bundled organism's weights with its card."""
+    """Compare a bundled model's weights, and its codebook's if the card names them, with its card."""
     card = folder / "card.json"
-    expected = json.loads(card.read_text(encoding="utf-8")).get("sha256") if card.is_file() else None
-    with (folder / "model.safetensors").open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
-    if actual != expected:
-        raise ValueError(f"bundled model '{folder.name}': model.safetensors has sha256 {actual[:12]}..., its card says "
-                         f"{str(expected)[:12]}...; reinstall the package")  # fmt: skip
+    said = json.loads(card.read_text(encoding="utf-8")).get("sha256") if card.is_file() else None
+    for name, expected in (said if isinstance(said, dict) else {"model.safetensors": said}).items():
+        with (folder / name).open("rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        if actual != expected:
+            raise ValueError(f"bundled model '{folder.name}': {name} has sha256 {actual[:12]}..., its card says "
+                             f"{str(expected)[:12]}...; reinstall the package")  # fmt: skip
 
 
 def _load_weights(where: str, kind: Any, config: PretrainedConfig, dtype: Any, revision: str | None) -> PreTrainedModel:

@@ -305,6 +305,9 @@ def test_a_bundled_organism_that_differs_from_its_card_is_refused(organism: Path
         (organism / "card.json").write_text(json.dumps(card))
         with pytest.raises(ValueError, match=r"'small': model\.safetensors has sha256 .* reinstall"):
             load_model("small")
+    (organism / "card.json").write_text(json.dumps({"sha256": {"config.json": "0" * 64}}))
+    with pytest.raises(ValueError, match=r"'small': config\.json has sha256 .* reinstall"):
+        load_model("small")
     (organism / "card.json").unlink()
     with pytest.raises(ValueError, match="reinstall"):
         load_model("small")
