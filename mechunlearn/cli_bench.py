@@ -196,9 +196,15 @@ def bench_guards(
     dictionary: Annotated[
         str, typer.Option("--dictionary", help="Folder, or hook point of one that comes with the model.")
     ] = "blocks.3.hook_resid_post",
+    hook: Annotated[
+        str | None, typer.Option("--hook", help="Hook point of a dictionary whose file does not say (params.npz).")
+    ] = None,
     topic: Annotated[
-        str | None, typer.Option("--topic", help="What is to be forgotten, in words, for the choice by descriptions.")
-    ] = "plays hockey",
+        str | None,
+        typer.Option(
+            "--topic", help="What is to be forgotten, in words, for the choice by descriptions; known of sport-hockey."
+        ),
+    ] = None,
     only: OnlyOption = None,
     seeds: DealsOption = 5,
     max_facts: DrawnOption = 96,
@@ -209,10 +215,14 @@ def bench_guards(
     """What guards of activations forget, spare and withstand: clamps, gates, dilution, requests in sequence, ..."""
     from mechunlearn import features_stage, stages
 
+    chosen = stages.chosen(facts, forgotten)
+    about = topic or features_stage.topic_of(chosen)
+    if about is None and not only:
+        console.print(f"{features_stage.NEEDS_TOPIC} is left out: what is to be forgotten has no name (--topic)")
     with showing_progress() as progress, advising("--workers 1"):
         table = features_stage.bench_guards(
-            model, stages.chosen(facts, forgotten), only or [], out, dictionary=dictionary, topic=topic,
-            max_facts=max_facts, seeds=seeds, workers=workers, device=device, on_progress=progress,
+            model, chosen, only or [], out, dictionary=dictionary, hook_point=hook, topic=about, max_facts=max_facts,
+            seeds=seeds, workers=workers, device=device, on_progress=progress,
         )  # fmt: skip
     _print_experiments(table, out)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mechunlearn.bench.code_experiments import CODE_EXPERIMENTS, NEVER_KNEW, NEVER_KNEW_WITHOUT, WITHOUT
-from mechunlearn.bench.guard_experiments import names_of
+from mechunlearn.bench.guard_experiments import names_of, zero_shot
 from mechunlearn.bench.guards import GuardBench, summary
 from mechunlearn.bench.guards import bench_guards as measure_guards
 from mechunlearn.checkpoints import choose_device, load_model, save_model
@@ -44,6 +44,8 @@ from mechunlearn.settings import FactsSettings
 from mechunlearn.sources.bundled import BUNDLED, load_bundled
 
 Progress = Callable[[str, float, float], None]
+TOPICS = {"sport-hockey": "plays hockey"}
+NEEDS_TOPIC = zero_shot.__name__
 
 
 def train(
@@ -130,19 +132,30 @@ def make_shipped(out: Path, *, device: str, on_step: Progress) -> list[Path]:
 
 
 def bench_guards(
-    name: str, facts: Mapping[str, str], experiments: Sequence[str], out: Path, *, dictionary: str, topic: str | None,
-    max_facts: int, seeds: int, workers: int, device: str, on_progress: Progress,
+    name: str, facts: Mapping[str, str], experiments: Sequence[str], out: Path, *, dictionary: str,
+    hook_point: str | None, topic: str | None, max_facts: int, seeds: int, workers: int, device: str,
+    on_progress: Progress,
 ) -> pd.DataFrame:  # fmt: skip
     """Measure guards on a model; writes tables/rows.csv (a row a seed), summary.csv and figure.html into `out`.
 
-    Facts far from those to forget are those of other relations; of a bundled organism all that it read.
+    Facts far from those to forget are those of other relations; of a bundled organism all that it read. Without a
+    topic the experiment that needs one is left out.
 
     Raises:
-        ValueError: an unknown experiment, or a dictionary that does not fit.
+        ValueError: an unknown experiment, `zero_shot` without a topic, or a dictionary that does not fit.
     """
     wanted = names_of(experiments)
-    bench = _bench(name, facts, max_facts, device, dictionary=dictionary, topic=topic)
+    if topic is None:
+        if NEEDS_TOPIC in experiments:
+            raise ValueError(f"{NEEDS_TOPIC}: got no topic; say in words what is to be forgotten (--topic)")
+        wanted = tuple(experiment for experiment in wanted if experiment != NEEDS_TOPIC)
+    bench = _bench(name, facts, max_facts, device, dictionary=dictionary, hook_point=hook_point, topic=topic)
     return _measured(bench, wanted, out, seeds, workers, guards_figure, on_progress)
+
+
+def topic_of(facts: Mapping[str, str]) -> str | None:
+    """What a default forget set is about, in words; None of facts that share no answer, and of other facts."""
+    return TOPICS.get(facts.get("forget", ""))
 
 
 def bench_codes(

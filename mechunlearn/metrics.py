@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechunlearn.facts import Fact
 from mechunlearn.models import Model
-from mechunlearn.prompts import Asked, ask, encode, encode_answers, forms, max_positions
+from mechunlearn.prompts import Asked, ask, encode, encode_answers, forms, max_positions, padding_token
 
 Ids = tuple[int, ...]
 
@@ -84,16 +84,19 @@ def _score_rows(
                 scores[i][j] = sum(next(picked) for _ in tokens)
 
 
-def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> Int[Tensor, "row pos"]:
-    """Token rows as one tensor; short ones are filled with token 0, which causal attention keeps out of the rest."""
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+def pad_right(model: Model, rows: Sequence[Sequence[int]]) -> Int[Tensor, "row pos"]:
+    """Token rows as one tensor on the model's device; short ones are filled with a special token.
+
+    Causal attention keeps that out of the rest, and what looks at a whole text, such as a guard, knows it from text.
+    """
+    width, filled = max(map(len, rows)), padding_token(model)
+    return torch.tensor([[*row, *[filled] * (width - len(row))] for row in rows], device=model.device)
 
 
 @torch.no_grad()
 def _log_probs(model: Model, rows: Sequence[Sequence[int]], *, first: int = 0) -> Float[Tensor, "row pos d_vocab"]:
     """Log-softmax in float32 at positions `first` and later."""
-    ids = pad_right(rows, model.device)
+    ids = pad_right(model, rows)
     keep = torch.arange(first, ids.shape[1], device=ids.device)
     # no attention mask: with padding on the right it would change nothing but the (slower) attention kernel
     return model.hf(ids, use_cache=False, logits_to_keep=keep).logits.float().log_softmax(-1)
@@ -206,7 +209,7 @@ def perplexity(model: Model, texts: Sequence[str], *, max_tokens: int = 256, bat
     """
     total, count = 0.0, 0
     for batch in _text_batches(model, texts, max_tokens, batch_size):
-        picked = _log_probs(model, batch)[:, :-1].gather(-1, pad_right(batch, model.device)[:, 1:, None])[..., 0]
+        picked = _log_probs(model, batch)[:, :-1].gather(-1, pad_right(model, batch)[:, 1:, None])[..., 0]
         real = _is_predicted(batch, model.device)
         total -= float(picked[real].double().sum())
         count += int(real.sum())

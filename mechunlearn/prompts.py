@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mechunlearn.facts import Fact
-from mechunlearn.models import Model
+from mechunlearn.models import Model, embedding
 
 LETTERS = ("A", "B", "C", "D")
 CHOICE, BY_LETTER = "choice", "choice by letter"
@@ -126,6 +126,17 @@ def tokenizer_of(model: Model) -> PreTrainedTokenizerBase:
 def max_positions(model: Model, wanted: int) -> int:
     """`wanted`, or the longest text the model has position embeddings for if that is less."""
     return min(wanted, getattr(model.hf.config, "max_position_embeddings", None) or wanted)
+
+
+def padding_token(model: Model) -> int:
+    """The token that short rows are filled with: a special one, so that no gate takes padding for text.
+
+    That is the lowest special token of those with an embedding (0 where that is special); 0 where there is none, or no
+    tokenizer.
+    """
+    special = () if model.tokenizer is None else model.tokenizer.all_special_ids
+    known = len(embedding(model).get_parameter("weight"))
+    return min((token for token in special if token < known), default=0)
 
 
 def encode(model: Model, texts: Iterable[str]) -> list[list[int]]:

@@ -1,20 +1,19 @@
 """The experiments on guards, one function each: a `Ground` in, (arm, x, what was measured) out."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from mechunlearn.attack.relearning import relearning
-from mechunlearn.bench.guard_ground import GATED, Ground
+from mechunlearn.bench.guard_ground import GATED, Found, Ground
+from mechunlearn.bench.guard_relearning import relearned
 from mechunlearn.edit.edits import Edit, applied
 from mechunlearn.evaluate.generation import generated
 from mechunlearn.facts import FactSplit
 from mechunlearn.features.gate import TooFewTexts
-from mechunlearn.features.guard import without_clamp
+from mechunlearn.features.guard import Guard, without_clamp
 from mechunlearn.features.selection import NothingFound
 from mechunlearn.metrics import perplexity
 from mechunlearn.models import Model
@@ -23,9 +22,6 @@ from mechunlearn.prompts import encode, max_positions, tokenizer_of
 
 # pandas has no complete types
 # pyright: standard
-
-Found = Iterator[tuple[str, float, Mapping[str, float]]]
-"""Arm, the experiment's own variable, and measure -> value."""
 
 
 def clamp_strength(ground: Ground) -> Found:
@@ -60,7 +56,9 @@ def feature_rule(ground: Ground) -> Found:
 def gate_threshold(ground: Ground) -> Found:
     """x: share of texts to retain on which the gate may open; where it does open, and what is then left.
 
-    "gate alone" opens and clamps nothing: the unedited model, bit for bit.
+    achieved: the share of other such texts on which it opened, and that of each kind of them: statements near to the
+    facts to forget, statements far from them, other text. "gate alone" opens and clamps nothing: the unedited model,
+    bit for bit.
     """
     for arm in GATED:
         for rate in (0.01, 0.05, 0.1, 0.2, 0.4):
@@ -68,8 +66,17 @@ def gate_threshold(ground: Ground) -> Found:
                 guard = ground.guard(arm, false_positive_rate=rate)
             except TooFewTexts:
                 continue
-            yield arm, rate, {**ground.opened(guard), **ground.measured(guard)}
+            yield arm, rate, {**achieved(guard), **ground.opened(guard), **ground.measured(guard)}
     yield "gate alone", 0.05, ground.measured(without_clamp(ground.guard("dsg")))
+
+
+def achieved(guard: Guard) -> dict[str, float]:
+    """The rates that a guard's calibration noted."""
+    assert guard.gate is not None
+    assert guard.gate.achieved_rate is not None  # for a quarter of the texts is kept for it
+    said = "opens on text to retain, "
+    kinds = {f"achieved {name.removeprefix(said)}": rate for name, rate in guard.notes.items() if name.startswith(said)}
+    return {"achieved": guard.gate.achieved_rate, **kinds}
 
 
 def dilution(ground: Ground) -> Found:
@@ -124,7 +131,7 @@ def generation(ground: Ground) -> Found:
 
 
 def sequential(ground: Ground) -> Found:
-    """Four requests, one guard each, put on one after another; x is how many are on.
+    """Four requests, one guard each, made on the model without any and put on one after another; x is how many are on.
 
     The requests are the facts of four answers: of the one to forget, and of the three that most facts near to them
     have. "request 1" to "request 4" say what is known of each block, near and far of all others.
@@ -133,10 +140,11 @@ def sequential(ground: Ground) -> Found:
     if len(asked) < 4:
         return
     for arm in ("static", "dsg", "share"):
+        made = [ground.guard(arm, split=split) for split in asked]
         with ExitStack() as guards:
             yield arm, 0, known_of_requests(ground, asked)
-            for x, split in enumerate(asked, start=1):
-                guards.enter_context(applied(ground.model, ground.guard(arm, split=split)))
+            for x, guard in enumerate(made, start=1):
+                guards.enter_context(applied(ground.model, guard))
                 yield arm, x, known_of_requests(ground, asked)
 
 
@@ -186,21 +194,6 @@ def zero_shot(ground: Ground) -> Found:
                 except NothingFound:
                     continue
                 yield f"{arm}, {name}", n, ground.measured(guard)
-
-
-def relearned(ground: Ground) -> Found:
-    """An attacker trains the model, through the guard or without it; x is 0 before and 1 after.
-
-    P(true) of the facts that the attacker does not have, at the checkpoint that it chooses, the guard still on. An
-    attacker who takes the guard off needs no training: "removed".
-    """
-    quick: dict[str, Any] = {"kinds": ("full",), "learning_rates": (3e-4, 1e-3), "steps": 40, "seed": ground.seed}
-    for arm in ("removed", "static", "dsg", "share"):
-        guard = None if arm == "removed" else ground.guard(arm)
-        with ground.inside(guard):
-            yield arm, 0.0, {"hidden": ground.p_true(ground.split.forget_hidden)}
-            result = relearning(ground.model, ground.split, **quick)
-            yield arm, 1.0, {"hidden": float(np.mean(list(result.hidden_scores().values())))}
 
 
 EXPERIMENTS: dict[str, Callable[[Ground], Found]] = {

@@ -1,7 +1,7 @@
 """What a bench of guards stands on: the facts to forget, those near to them and far from them, and what is measured."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,9 +13,7 @@ from sklearn.metrics import roc_auc_score
 from mechunlearn.edit.edits import Edit, applied
 from mechunlearn.facts import Fact, FactSplit, hash_facts
 from mechunlearn.features import GUARDS
-from mechunlearn.features.bundled import dictionary_of
-from mechunlearn.features.dictionary import fold_decoder_norm
-from mechunlearn.features.dynamic_guardrail import guard_from
+from mechunlearn.features.dynamic_guardrail import dictionary_for, guard_from
 from mechunlearn.features.evidence import Evidence, fired_in, gather_evidence
 from mechunlearn.features.guard import Guard
 from mechunlearn.metrics import perplexity, score_facts
@@ -39,6 +37,8 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 """static: always on. dsg: the paper's gate and clamp. share, window, cusum: gates token by token, with a threshold by
 split-conformal calibration. random: static, with other features that are on as often in text to retain."""
 GATED = ("dsg", "share", "window", "cusum")
+Found = Iterator[tuple[str, float, Mapping[str, float]]]
+"""What an experiment yields: arm, the experiment's own variable, and measure -> value."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,20 +59,24 @@ class Ground:
     """Other models on the same facts, by what they are."""
     bert_model: str | None = None
     """The encoder of BERTScore, where texts are scored; None leaves it out."""
-    _read: dict[tuple[str, float], Evidence] = field(default_factory=dict)
+    hook_point: str | None = None
+    """Of a dictionary whose file does not say."""
+    _read: dict[tuple[str, float, str], Evidence] = field(default_factory=dict)
 
     def guard(self, arm: str, *, split: FactSplit | None = None, **options: Any) -> Guard:
         """An arm's guard for the facts to forget, or for those of another split."""
         method = GUARDS.get("dynamic_guardrail")
-        given = method.validate({**COMMON, **ARMS[arm], **options, "dictionary": self.dictionary})
+        own = {"dictionary": self.dictionary, "hook_point": self.hook_point}
+        given = method.validate({**COMMON, **ARMS[arm], **options, **own})
         given["rule_options"] = given["rule_options"] or {}
-        return guard_from(self.model, self._evidence(split or self.split, given["data_share"]), given)
+        return guard_from(self.model, self._evidence(split or self.split, given), given)
 
-    def _evidence(self, split: FactSplit, share: float) -> Evidence:
-        """Read once for all guards on the same facts."""
-        key = (hash_facts((*split.forget, *split.retain_train)), share)
+    def _evidence(self, split: FactSplit, options: Mapping[str, Any]) -> Evidence:
+        """Read once for all guards on the same facts, with the same share of them and the dictionary folded or not."""
+        share = options["data_share"]
+        key = (hash_facts((*split.forget, *split.retain_train)), share, options["units"])
         if key not in self._read:
-            found = fold_decoder_norm(dictionary_of(self.model, str(self.dictionary))).to(self.model.device)
+            found = dictionary_for(self.model, options)
             self._read[key] = gather_evidence(self.model, split, found, data_share=share, seed=self.seed)
         return self._read[key]
 

@@ -38,6 +38,7 @@ class GuardBench:
     forget: tuple[Fact, ...]
     far: tuple[Fact, ...]
     dictionary: str | None = None
+    hook_point: str | None = None
     topic: str | None = None
     beside: tuple[tuple[str, str], ...] = ()
     """Other models on the same facts: (what it is, its name)."""
@@ -50,7 +51,7 @@ class GuardBench:
         model, _, beside = known_of(self)
         models = [model.sha256, *(one.sha256 for one in beside.values())]
         digest = hashlib.sha256(json.dumps(asdict(self) | {"sha256": models}, sort_keys=True).encode())
-        weights = dictionary_of(model, self.dictionary).weights if self.dictionary else {}
+        weights = dictionary_of(model, self.dictionary, self.hook_point).weights if self.dictionary else {}
         for name, value in sorted(weights.items()):
             digest.update(name.encode() + value.cpu().numpy().tobytes())
         return digest.hexdigest()[:12]
@@ -76,7 +77,7 @@ def ground_of(bench: GuardBench, seed: int) -> Ground:
     forget = [fact for fact in bench.forget if fact.key in known]
     split = split_facts(bench.facts.where(lambda fact: fact.key in known), forget, seed=seed)
     return Ground(
-        model=model, split=split, dictionary=bench.dictionary,
+        model=model, split=split, dictionary=bench.dictionary, hook_point=bench.hook_point,
         far=tuple(fact for fact in bench.far if fact.key in known), topic=bench.topic, seed=seed,
         max_facts=bench.max_facts, beside=beside, bert_model=bench.bert_model,
     )  # fmt: skip
@@ -110,7 +111,7 @@ def bench_guards(
     if bench.dictionary is None:
         codebook_of(ground.model)
     else:
-        check_fits(ground.model, dictionary_of(ground.model, bench.dictionary))
+        check_fits(ground.model, dictionary_of(ground.model, bench.dictionary, bench.hook_point))
     parts = out / bench.digest()
     parts.mkdir(parents=True, exist_ok=True)
     todo = [(name, seed, parts / f"{name}-{seed}.csv") for seed, name in product(range(seeds), experiments)]

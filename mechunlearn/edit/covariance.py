@@ -90,7 +90,7 @@ def _measured(model: Model, layers: Sequence[int], rows: Sequence[Sequence[int]]
     with untouched(model), hooked(model, record=tuple(places.values())) as seen:
         for start in range(0, len(ordered), size):
             batch = ordered[start : start + size]
-            ids = pad_right(batch, model.device)
+            ids = pad_right(model, batch)
             lengths = torch.tensor([len(row) for row in batch], device=model.device)
             model.hf.base_model(ids, use_cache=False)  # no logits
             real = torch.arange(ids.shape[1], device=model.device) < lengths[:, None]

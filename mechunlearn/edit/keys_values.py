@@ -85,7 +85,7 @@ def _target(fact: Fact) -> str:
 def row_tensors(model: Model, rows: Sequence[Row]) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "2 row"]]:
     """Token ids padded on the right; and of each row its subject's last position and its subject's number."""
     where = torch.tensor([(row.at, row.subject) for row in rows], device=model.device)
-    return pad_right([row.ids for row in rows], model.device), where.T
+    return pad_right(model, [row.ids for row in rows]), where.T
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Losses of editing and relearning on token batches, and the pools of tokens that the batches are drawn from."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,7 +14,7 @@ from mechunlearn.facts import Fact
 from mechunlearn.metrics import pad_right
 from mechunlearn.models import Model
 from mechunlearn.organisms.neutral import neutral_text
-from mechunlearn.prompts import encode, encode_answers, max_positions, render
+from mechunlearn.prompts import encode, encode_answers, max_positions, padding_token, render
 
 Forms = Literal["prompt", "all"]
 """Which forms a fact is trained in: its prompt, or prompt and paraphrases in equal shares (questions never)."""
@@ -32,6 +32,8 @@ class Tokens:
     """On the CPU, so that cutting a batch to its width waits for no GPU."""
     starts: Int[Tensor, " row"]
     """Position of each row's first target; on the CPU, at least 1."""
+    filler: int = 0
+    """The token that fills short rows on the right."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -40,7 +42,8 @@ class Tokens:
         """The chosen rows, cut to the longest of them."""
         lengths, on_device = self.lengths[rows], rows.to(self.ids.device)
         width = int(lengths.max())
-        return Tokens(
+        return replace(
+            self,
             ids=self.ids[on_device, :width],
             is_target=self.is_target[on_device, :width],
             lengths=lengths,
@@ -53,8 +56,9 @@ def _tokens(model: Model, rows: Sequence[Sequence[int]], starts: Sequence[int]) 
     position = torch.arange(int(lengths.max()))
     is_target = (position >= first[:, None]) & (position < lengths[:, None])
     return Tokens(
-        ids=pad_right(rows, model.device), is_target=is_target.to(model.device), lengths=lengths, starts=first
-    )
+        ids=pad_right(model, rows), is_target=is_target.to(model.device), lengths=lengths, starts=first,
+        filler=padding_token(model),
+    )  # fmt: skip
 
 
 def answer_tokens(model: Model, pairs: Sequence[tuple[str, str]]) -> Tokens:
@@ -129,10 +133,11 @@ def joined(first: Iterator[Tokens], second: Iterator[Tokens]) -> Iterator[Tokens
     for a, b in zip(first, second, strict=False):
         width = max(a.ids.shape[1], b.ids.shape[1])
         ids, is_target = (
-            torch.cat([F.pad(getattr(t, name), (0, width - t.ids.shape[1])) for t in (a, b)])
-            for name in ("ids", "is_target")
+            torch.cat([F.pad(getattr(t, name), (0, width - t.ids.shape[1]), value=value) for t in (a, b)])
+            for name, value in (("ids", a.filler), ("is_target", False))
         )
-        yield Tokens(
+        yield replace(
+            a,
             ids=ids,
             is_target=is_target,
             lengths=torch.cat([a.lengths, b.lengths]),

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mechunlearn.activations import instead
 from mechunlearn.models import Model, block, final_norm, first_output, unembedding
+from mechunlearn.prompts import padding_token
 
 GB = 10**9
 DEFAULT_GB = 1.0
@@ -91,8 +93,9 @@ class PrefixCache:
             run: the model's own forward.
         """
         width = ids.shape[1]
-        # the bytes without the zeros at their end name the tokens without the padding (token 0) at theirs
-        keys = [row.tobytes().rstrip(b"\0") for row in ids.to("cpu", torch.int64).numpy()]
+        # less the padding token padding is zeros, and trimming those at the end leaves the row's own tokens
+        less = ids.to("cpu", torch.int64).numpy() - padding_token(self.model)
+        keys = [np.trim_zeros(row, "b").tobytes() for row in less]
         found = {key: self._rows[key] for key in keys if key in self._rows and len(self._rows[key]) >= width}
         missing = {key: row for row, key in enumerate(keys) if key not in found}
         if missing:

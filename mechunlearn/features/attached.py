@@ -38,7 +38,8 @@ def attached(model: Model, place: Place, change: TokenChange) -> Iterator[None]:
 
     What a change remembers of a text is kept beside the cache of its keys and values, so that conversations may take
     turns and beams may be reordered. Nothing outlives the `with`, also on errors. Padding is known from the attention
-    mask; rows padded on the right, as in this package, need none, for nothing before padding sees it.
+    mask; without one only special tokens are told from text, and they are what this package pads its rows with
+    (`prompts.padding_token`).
 
     Raises (in a forward pass):
         ValueError: embeddings in place of token ids, or a cache of keys and values that was begun outside.

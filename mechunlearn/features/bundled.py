@@ -14,16 +14,20 @@ def bundled_dictionaries(model_name: str) -> dict[str, Path]:
     return {path.name: path for path in sorted(home.iterdir())} if home.is_dir() else {}
 
 
-def dictionary_of(model: Model, name: str) -> Dictionary:
+def dictionary_of(model: Model, name: str, hook_point: str | None = None) -> Dictionary:
     """The dictionary at a path, or else the one of that hook point that comes with the model.
+
+    Args:
+        hook_point: of its activation, where a file at a path does not say.
 
     Raises:
         FileNotFoundError: neither.
+        ValueError: no hook point, or another one than the file says.
     """
     bundled = bundled_dictionaries(model.name)
     if name in bundled:
-        return load_dictionary(bundled[name])
+        return load_dictionary(bundled[name], hook_point=hook_point)
     if Path(name).exists():
-        return load_dictionary(name)
+        return load_dictionary(name, hook_point=hook_point)
     known = ", ".join(bundled) or "none"
     raise FileNotFoundError(f"no dictionary {name!r}: give its folder, or one that comes with {model.name}: {known}")

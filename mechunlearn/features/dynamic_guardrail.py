@@ -1,9 +1,10 @@
 """Dynamic SAE guardrail: features of what is to be forgotten, clamped in texts that a gate says are about it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
+import numpy as np
 from pydantic import Field
 
 from mechunlearn.facts import FactSplit
@@ -16,6 +17,7 @@ from mechunlearn.features.evidence import Evidence, Flags, gather_evidence
 from mechunlearn.features.gate import Gate, GateKind, Scope, calibrated
 from mechunlearn.features.guard import Guard, narrowed
 from mechunlearn.features.selection import matched_at_random, select_features
+from mechunlearn.features.texts import RetainedKind
 from mechunlearn.models import Model
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -27,6 +29,7 @@ def dynamic_guardrail(
     split: FactSplit,
     *,
     dictionary: str = "blocks.3.hook_resid_post",
+    hook_point: str | None = None,
     rule: str = "dsg",
     rule_options: Mapping[str, float | str] | None = None,
     topic: str | None = None,
@@ -47,11 +50,14 @@ def dynamic_guardrail(
     """Choose features on statements of the facts, calibrate the gate on retained text, and clamp what passes it.
 
     No weight changes and nothing is trained. Of the texts to retain a half chooses features, a quarter calibrates the
-    gate, and on the last quarter the rate at which it opens is measured and recorded.
+    gate, and on the last quarter the rate at which it opens is measured and recorded; `notes` say it of every kind of
+    them (statements near to the facts to forget, statements far from them, other text), and of the text to forget.
 
     Args:
-        dictionary: a hook point, for the dictionary of it that comes with the model, or the path of a dictionary; its
-            directions are folded to unit length, so that a strength means the same in all of them.
+        dictionary: a hook point, for the dictionary of it that comes with the model, or the path of a dictionary. With
+            strengths in residual norms its directions are folded to unit length, so that they mean the same in all of
+            them; with `units` "features" it is used as it is.
+        hook_point: of a dictionary whose file does not say (Gemma Scope's never does).
         rule: how features are chosen; see `features.selection`.
         rule_options: of the rule.
         topic: what is to be forgotten, in words: features are then chosen by their descriptions, with no look at which
@@ -69,7 +75,8 @@ def dynamic_guardrail(
         seed: draws the shares, the split of the texts, and random features.
 
     Raises:
-        ValueError: a dictionary that does not fit, too few texts to calibrate, or descriptions without a topic.
+        ValueError: a dictionary that does not fit or cannot be folded, or without a hook point; too few texts to
+            calibrate; descriptions without a topic.
         NothingFound: a rule, or a topic, that admits no feature.
 
     Source: Muhamed et al. 2025, arXiv:2504.08192, section 3. Its importance, selection and clamp are the defaults; its
@@ -79,8 +86,14 @@ def dynamic_guardrail(
     options["rule_options"] = dict(rule_options or {})
     if descriptions is not None and topic is None:
         raise ValueError("dynamic_guardrail: descriptions need a `topic` to look for among them; give one")
-    found = fold_decoder_norm(dictionary_of(model, dictionary)).to(model.device)
+    found = dictionary_for(model, options)
     return guard_from(model, gather_evidence(model, split, found, data_share=data_share, seed=seed), options)
+
+
+def dictionary_for(model: Model, options: Mapping[str, Any]) -> Dictionary:
+    """The dictionary that these options of `dynamic_guardrail` name, on the model's device."""
+    found = dictionary_of(model, options["dictionary"], options["hook_point"])
+    return (fold_decoder_norm(found) if options["units"] == "residual" else found).to(model.device)
 
 
 def guard_from(model: Model, evidence: Evidence, options: Mapping[str, Any]) -> Guard:
@@ -106,8 +119,9 @@ def guard_from(model: Model, evidence: Evidence, options: Mapping[str, Any]) -> 
                  rates=_likelihoods(to_forget, to_retain)), to_retain,
             rate=options["false_positive_rate"], method=options["calibration"],
         )  # fmt: skip
-        opened = float((one.peaks(to_forget) > one.threshold).mean())
-        guard = replace(guard, gate=one, notes={"opens on text to forget": opened})
+        opened = {"forget": float((one.peaks(to_forget) > one.threshold).mean())}
+        opened |= {f"retain, {kind}": rate for kind, rate in _by_kind(one, to_retain, evidence.kinds).items()}
+        guard = replace(guard, gate=one, notes={f"opens on text to {what}": rate for what, rate in opened.items()})
     return replace(guard, notes={
         **guard.notes, "hook_point": found.hook_point, "features": list(chosen), "residual_norm": of_retain.mean_norm,
         "rate on tokens to forget": _rate(to_forget), "rate on tokens to retain": _rate(to_retain),
@@ -147,6 +161,13 @@ def _calibrated(gate: Gate, flags: Flags, *, rate: float, method: Literal["quant
     """On the first half of the texts to retain; the rate achieved is that of the second."""
     half = len(flags) // 2
     return calibrated(gate, flags[:half], rate=rate, method=method, held_out=flags[half:])
+
+
+def _by_kind(gate: Gate, flags: Flags, kinds: Sequence[RetainedKind]) -> dict[str, float]:
+    """The rate achieved, on the second half of the texts to retain, of every kind that is among them."""
+    half = len(flags) // 2
+    is_open, kind = gate.peaks(flags[half:]) > gate.threshold, np.array(kinds[half:])
+    return {name: float(is_open[kind == name].mean()) for name in get_args(RetainedKind) if name in kind}
 
 
 def _rate(flags: Flags) -> float:

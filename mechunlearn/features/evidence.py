@@ -11,7 +11,7 @@ from torch import Tensor
 from mechunlearn.facts import FactSplit, hash_facts
 from mechunlearn.features.dictionary import Dictionary
 from mechunlearn.features.statistics import FeatureStatistics, feature_statistics
-from mechunlearn.features.texts import retained_texts, statements
+from mechunlearn.features.texts import RetainedKind, kinds_of, retained_texts, statements
 from mechunlearn.models import Model
 
 Flags = list[tuple[Tensor, Tensor]]
@@ -65,6 +65,8 @@ class Evidence:
     fired_forget: Fired
     fired_retain: Fired
     """On the half that was not counted."""
+    kinds: tuple[RetainedKind, ...]
+    """Of the texts of `fired_retain`: statements near to the facts to forget, far from them, or other text."""
     texts: tuple[str, ...]
     """All of them, for describing features."""
     facts_sha256: str
@@ -92,6 +94,7 @@ def gather_evidence(
     return Evidence(
         dictionary=dictionary, seed=seed, forget=of_forget, retain=of_retain,
         fired_forget=fired_forget, fired_retain=fired_retain, texts=(*forget, *retain),
+        kinds=kinds_of(retain[half:], split.retain_train, {fact.relation for fact in split.forget}, seed=seed),
         facts_sha256=hash_facts((*split.forget, *split.retain_train)),
     )  # fmt: skip
 

@@ -28,11 +28,11 @@ def load_dictionary(path: str | Path, *, hook_point: str | None = None, model_na
 
     Args:
         hook_point: of the activation, where the file does not say (Gemma Scope's never does).
-        model_name: likewise.
+        model_name: in place of what the file says.
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: damaged, of a kind that is not supported, or without a hook point.
+        ValueError: damaged, of a kind that is not supported, without a hook point, or with another one than is given.
     """
     path = Path(path)
     path = path.parent if path.name == CONFIG else path
@@ -42,8 +42,11 @@ def load_dictionary(path: str | Path, *, hook_point: str | None = None, model_na
         found = _saelens(path)
     else:
         raise FileNotFoundError(f"no dictionary at {path}; give a folder with {CONFIG} and {WEIGHTS}, or a params.npz")
-    hook, model = hook_point or found.pop("hook_point"), model_name or found.pop("model_name") or ""
+    own, model = found["hook_point"], model_name or found["model_name"] or ""
     found = {key: value for key, value in found.items() if key not in ("hook_point", "model_name")}
+    if own and hook_point and own != hook_point:
+        raise ValueError(f"{path} is of {own}, got hook point {hook_point}; leave it out")
+    hook = own or hook_point
     if not hook:
         raise ValueError(f"{path} does not say which activation it is of; give a hook point (blocks.3.hook_resid_post)")
     try:

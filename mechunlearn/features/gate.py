@@ -25,7 +25,8 @@ class TooFewTexts(ValueError):
 class Gate:
     """Scores of every token of a text from which tokens hold a chosen feature; open where they exceed `threshold`.
 
-    - share: share of the content tokens so far that hold one (DSG's rho, over the tokens up to this one);
+    - share: tokens so far that hold one / content tokens so far; with the scope "token" these count as at least
+      `width`, so that a hit among the first tokens is not a share of 1, with the scope "sequence" it is DSG's rho;
     - window: share of the last `width` tokens that hold one;
     - cusum: max(0, score before + log of how much likelier this token is in text to forget), Page 1954.
 
@@ -36,10 +37,15 @@ class Gate:
     kind: GateKind = "share"
     threshold: float = 0.0
     scope: Scope = "token"
-    """token: each token is decided by the score up to it. sequence: all tokens by the score at the end of what the
-    first forward pass holds (DSG's own way on whole texts); tokens generated after a prompt are as the prompt was."""
+    """token: each token is decided by the score up to it.
+
+    sequence: all tokens of a forward pass by the score at its end, DSG's own way on whole texts. With a cache of keys
+    and values every pass decides anew, by all that was seen so far, and tokens that have passed keep their decision. So
+    where the decision turns in the course of a text, reading on with a cache differs from reading the text anew, which
+    decides its earlier tokens, too, by the score at its end. Up to there both agree, and so do texts in which it never
+    turns."""
     width: int = 8
-    """Of the window, in tokens."""
+    """Of the window, in tokens; and the least number of them that a share with the scope "token" is taken of."""
     rates: tuple[float, float] = (0.5, 0.05)
     """Of cusum: share of content tokens with a chosen feature in text to forget, and in text to retain."""
     target_rate: float | None = None
@@ -63,7 +69,7 @@ class Gate:
         if self.kind == "share":
             counts = torch.stack([on, content], dim=-1).double().cumsum(1) + memory.get("counts", 0.0)
             memory["counts"] = counts[:, -1:]
-            return counts[..., 0] / counts[..., 1].clamp(min=1)
+            return counts[..., 0] / counts[..., 1].clamp(min=self.width if self.scope == "token" else 1)
         if self.kind == "window":
             past = memory.get("past", on.new_zeros(len(on), self.width - 1))
             flags = torch.cat([past, on], dim=1)
@@ -81,11 +87,8 @@ class Gate:
         self, on: Bool[Tensor, "batch pos"], content: Bool[Tensor, "batch pos"], memory: Memory
     ) -> Bool[Tensor, "batch pos"]:
         """Whether the gate is open at every token; `memory` as in `scores`."""
-        if self.scope == "sequence":
-            if "open" not in memory:
-                memory["open"] = _at_end(self.scores(on, content, {}), content) > self.threshold
-            return memory["open"].expand(on.shape)
-        return self.scores(on, content, memory) > self.threshold
+        scores = self.scores(on, content, memory)
+        return (_at_end(scores, content).expand(on.shape) if self.scope == "sequence" else scores) > self.threshold
 
     def peaks(self, flags: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray:
         """Of each text, (on, content) a token, the highest score that could open the gate.
@@ -100,7 +103,7 @@ class Gate:
 
 
 def _at_end(scores: Tensor, content: Tensor) -> Float[Tensor, "batch 1"]:
-    """The score at the last content token of each text, whatever padding follows."""
+    """The score at the last content token of each text, whatever padding follows; at the first one if it has none."""
     last = content.long() * torch.arange(1, content.shape[1] + 1, device=content.device)
     return scores.gather(1, last.argmax(1, keepdim=True))
 

@@ -82,7 +82,7 @@ class Guard:
             hot = on if self.gate is None else on & self.gate.is_open(on, seen.content, seen.memory)
             if self.clamp is None:
                 return x
-            clamped = features.index_copy(-1, at, self.clamp(chosen, hot))
+            clamped = features.index_copy(-1, at, self.clamp(chosen, hot, dictionary.scale_of(x)))
             step = dictionary.decode(clamped, like=x) - dictionary.decode(features, like=x)
             return torch.where(hot[..., None], x + step.to(x.dtype), x)
 

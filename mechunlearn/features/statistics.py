@@ -13,7 +13,7 @@ from mechunlearn.features.hook_points import place_of_hook
 from mechunlearn.features.quality import check_fits
 from mechunlearn.features.token_rows import is_content
 from mechunlearn.models import Model
-from mechunlearn.prompts import encode, max_positions, tokenizer_of
+from mechunlearn.prompts import encode, max_positions, padding_token, tokenizer_of
 
 OnBatch = Callable[[Sequence[int], Bool[Tensor, "text pos d_sae"], Bool[Tensor, "text pos"]], None]
 
@@ -66,7 +66,8 @@ def batches_of_texts(
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
         tokens = pad(model, [rows[i] for i in numbers])
-        yield numbers, tokens.ids, is_content(tokenizer_of(model), tokens.ids) & tokens.mask
+        ids = tokens.ids.masked_fill(~tokens.mask, padding_token(model))  # which guards know from text
+        yield numbers, ids, is_content(tokenizer_of(model), ids) & tokens.mask
 
 
 @torch.no_grad()

@@ -1,16 +1,30 @@
 """Facts as running text, for counting features: every fact stated in every form in which it may be asked."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Literal
 
 from mechunlearn.facts import Fact
 from mechunlearn.organisms.neutral import neutral_text
 from mechunlearn.prompts import forms, render
 
+RetainedKind = Literal["near", "far", "text"]
+
 
 def statements(facts: Sequence[Fact], *, seed: int = 0) -> list[str]:
     """Each fact with its true answer: prompt, paraphrases, questions, multiple choice."""
     return [f"{render(fact, form, seed)} {fact.target_true}." for fact in facts for form in forms(fact)]
+
+
+def kinds_of(
+    texts: Sequence[str], retained: Sequence[Fact], relations: Collection[str], *, seed: int = 0
+) -> tuple[RetainedKind, ...]:
+    """Which of the `retained_texts` of a seed state facts of these relations ("near"), other ones ("far"), or none."""
+    near, far = (
+        frozenset(statements([fact for fact in retained if (fact.relation in relations) == is_near], seed=seed))
+        for is_near in (True, False)
+    )
+    return tuple("near" if text in near else "far" if text in far else "text" for text in texts)
 
 
 def retained_texts(facts: Sequence[Fact], *, n_neutral: int = 200, seed: int = 0) -> list[str]:

@@ -2,18 +2,30 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from mechunlearn.bench.guard_experiments import EXPERIMENTS, dilution, filler, gate_threshold, names_of, requests
+from mechunlearn.bench.guard_experiments import (
+    EXPERIMENTS,
+    dilution,
+    filler,
+    gate_threshold,
+    names_of,
+    requests,
+    sequential,
+)
 from mechunlearn.bench.guard_ground import Ground
+from mechunlearn.bench.guard_relearning import only_asked, relearned
 from mechunlearn.bench.guards import GuardBench, bench_guards, summary
 from mechunlearn.checkpoints import save_model
+from mechunlearn.cli import app
 from mechunlearn.edit.edits import applied
 from mechunlearn.facts import split_facts
 from mechunlearn.features.dictionary import Dictionary
-from mechunlearn.features.formats import save_dictionary
+from mechunlearn.features.formats import load_dictionary, save_dictionary
 from mechunlearn.metrics import perplexity, score_facts
 from mechunlearn.organisms.neutral import neutral_text
 from mechunlearn.prompts import encode
@@ -83,6 +95,56 @@ def test_a_gate_opens_oftener_at_a_higher_rate(ground):
     assert opened[-1] > opened[0]
 
 
+def test_the_rate_achieved_is_that_of_each_kind_of_text(ground):
+    found = {(arm, x): values for arm, x, values in gate_threshold(ground)}
+    guard = ground.guard("dsg", false_positive_rate=0.1)
+    achieved = found["dsg", 0.1]
+    assert achieved["achieved"] == guard.gate.achieved_rate
+    for kind in ("near", "text"):  # the split is of one relation
+        assert achieved[f"achieved {kind}"] == guard.notes[f"opens on text to retain, {kind}"]
+    counts = pd.Series(ground._evidence(ground.split, {"data_share": 1.0, "units": "residual"}).kinds)
+    held_out = counts[len(counts) // 2 :].value_counts()
+    mean = sum(held_out[kind] * achieved[f"achieved {kind}"] for kind in held_out.index) / held_out.sum()
+    assert mean == pytest.approx(achieved["achieved"])
+
+
+def test_a_guard_that_is_only_asked_acts_on_questions_and_not_on_training(ground):
+    guard, ids = ground.guard("random", mode="all_on_hot", strength=5.0), torch.arange(3, 15)[None]
+    with torch.no_grad():
+        plain = ground.model.hf(ids).logits
+        with applied(ground.model, guard):
+            guarded = ground.model.hf(ids).logits
+    assert not torch.allclose(plain, guarded, atol=1e-3)
+    with only_asked(ground.model, guard):
+        torch.testing.assert_close(ground.model.hf(ids).logits.detach(), plain)
+        with torch.no_grad():
+            torch.testing.assert_close(ground.model.hf(ids).logits, guarded)
+    torch.testing.assert_close(ground.model.hf(ids).logits.detach(), plain)
+
+
+def test_relearning_is_asked_through_the_guard_and_has_a_control(ground):
+    found = {(arm, x): values["hidden"] for arm, x, values in relearned(ground)}
+    ways = ("", ", trained without", ", other text")
+    arms = {f"{guard}{how}" for guard in ("static", "dsg", "share") for how in ways}
+    assert {arm for arm, _ in found} == {"removed", *arms}
+    for guard in ("static", "dsg", "share"):
+        with applied(ground.model, ground.guard(guard)):
+            asked = ground.p_true(ground.split.forget_hidden)
+        for how in ways:
+            assert found[f"{guard}{how}", 0.0] == pytest.approx(asked)
+    assert found["removed", 0.0] == ground.p_true(ground.split.forget_hidden)
+
+
+def test_every_request_is_of_the_model_without_the_others(ground):
+    asked = requests(ground.split)
+    alone = [ground.guard("static", split=split) for split in asked]
+    with applied(ground.model, alone[0]), applied(ground.model, alone[1]):
+        both = ground.p_true(ground.drawn(asked[1].forget))
+    found = {(arm, x): values for arm, x, values in sequential(ground)}
+    assert found["static", 2]["request 2"] == pytest.approx(both)
+    assert found["static", 0]["request 1"] == pytest.approx(ground.p_true(ground.drawn(asked[0].forget)))
+
+
 def test_filler_is_as_long_as_asked(ground):
     assert filler(ground.model, 0, 3) == ""
     for n in (4, 16):
@@ -135,3 +197,53 @@ def test_the_summary_is_over_seeds_and_the_figure_names_the_arms():
 def test_an_unknown_experiment_is_one_line():
     with pytest.raises(ValueError, match="experiment: got 'dilutoin', allowed: clamp_strength"):
         names_of(["dilutoin"])
+
+
+@pytest.fixture
+def saved(knowing, tiny_facts, folder, tmp_path):
+    """A model folder, facts and those to forget as files, and a dictionary whose file names no hook point."""
+    save_model(knowing, tmp_path / "model")
+    colours = [fact for fact in tiny_facts.facts if fact.relation in ("colour", "city")]
+    for name, facts in (("mine", colours), ("topic", [fact for fact in colours if fact.target_true == "red"])):
+        pd.DataFrame(
+            [(fact.subject, fact.relation, fact.prompt, fact.target_true) for fact in facts],
+            columns=pd.Index(["subject", "relation", "prompt", "target_true"]),
+        ).to_csv(tmp_path / f"{name}.csv", index=False)
+    weights = load_dictionary(folder).weights
+    np.savez(
+        tmp_path / "params.npz",
+        threshold=np.full(96, 0.1, dtype=np.float32),
+        **{name: value.numpy() for name, value in weights.items()},
+    )
+    return tmp_path
+
+
+def bench(where, *more):
+    command = ["bench", "guards", "--model", "model", "--facts", "mine.csv", "--forgotten", "topic.csv", "--out", "out"]
+    command += ["--dictionary", "params.npz", "--seeds", "1", "--workers", "1", "--max-facts", "8", "--device", "cpu"]
+    return CliRunner().invoke(app, [*command, *more])
+
+
+def test_the_command_measures_with_a_dictionary_whose_file_names_no_hook_point(saved, monkeypatch):
+    monkeypatch.chdir(saved)
+    refused = bench(saved, "--only", "data_share")
+    assert "does not say which activation" in str(refused.exception)
+    assert not (saved / "out").exists()
+    made = bench(saved, "--hook", "blocks.1.hook_resid_post", "--only", "data_share")
+    assert made.exit_code == 0, made.output
+    rows = pd.read_csv(saved / "out" / "tables" / "rows.csv")
+    assert set(rows["experiment"]) == {"data_share"}
+    assert (saved / "out" / "tables" / "figure.html").is_file()
+
+
+def test_without_a_topic_the_choice_by_descriptions_is_left_out(saved, monkeypatch):
+    monkeypatch.chdir(saved)
+    monkeypatch.setattr("mechunlearn.features_stage.names_of", lambda names: names or ("zero_shot", "feature_rule"))
+    hook = ("--hook", "blocks.1.hook_resid_post")
+    made = bench(saved, *hook)
+    assert made.exit_code == 0, made.output
+    assert "zero_shot is left out" in made.output
+    assert set(pd.read_csv(saved / "out" / "tables" / "rows.csv")["experiment"]) == {"feature_rule"}
+    assert "--topic" in str(bench(saved, *hook, "--only", "zero_shot").exception)
+    told = bench(saved, *hook, "--only", "zero_shot", "--topic", "red")
+    assert told.exit_code == 0, told.output

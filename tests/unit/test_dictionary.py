@@ -54,6 +54,19 @@ def test_a_topk_dictionary_that_folding_would_change_is_refused():
         fold_decoder_norm(golden("topk")[0])
 
 
+def test_a_topk_dictionary_of_rounded_unit_directions_folds_to_the_same_features():
+    whole, expected = golden("topk")
+    unit = torch.nn.functional.normalize(whole.weights["W_dec"], dim=-1)
+    rounded = replace(whole, weights=whole.weights | {"W_dec": 3 * unit.bfloat16().float()})
+    norm = rounded.weights["W_dec"].norm(dim=-1)
+    assert float((norm / norm.mean() - 1).abs().max()) > 1e-4
+    folded, x = fold_decoder_norm(rounded), expected["x"]
+    features, own = folded.encode(x), rounded.encode(x)
+    assert torch.equal(features > 0, own > 0)
+    torch.testing.assert_close(folded.decode(features, like=x), rounded.decode(own, like=x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(folded.weights["W_dec"].norm(dim=-1), torch.ones(whole.d_sae), atol=0.01, rtol=0)
+
+
 @pytest.mark.filterwarnings("ignore:.*normalize_activations")
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_dictionary_comes_back_from_disk_as_it_was(name: str, tmp_path: Path):

@@ -17,7 +17,7 @@ from mechunlearn.features.objectives import OBJECTIVES
 from mechunlearn.features.quality import dictionary_quality
 from mechunlearn.features.selection import FEATURE_RULES, matched_at_random, select_features
 from mechunlearn.features.statistics import FeatureStatistics, feature_statistics
-from mechunlearn.features.texts import retained_texts, statements
+from mechunlearn.features.texts import kinds_of, retained_texts, statements
 from mechunlearn.features.token_rows import TokenRows, is_content, rows_of_texts
 from mechunlearn.features.training import DictionaryRecipe, DictionaryTrainer
 from mechunlearn.models import Model
@@ -230,3 +230,16 @@ def test_a_dictionary_is_found_by_its_path(model, tmp_path: Path):
     assert dictionary_of(model, str(tmp_path / "mine")).hook_point == HOOK
     with pytest.raises(FileNotFoundError, match="no dictionary 'blocks"):
         dictionary_of(model, "blocks.9")
+    with pytest.raises(ValueError, match=r"is of blocks\.\S+, got hook point blocks\.0"):
+        dictionary_of(model, str(tmp_path / "mine"), "blocks.0.hook_resid_post")
+
+
+def test_retained_texts_are_told_apart_by_what_they_state(tiny_facts):
+    red = tiny_facts.where(lambda fact: fact.target_true == "red")
+    split = split_facts(tiny_facts, red, seed=0)
+    texts = retained_texts(split.retain_train, n_neutral=7, seed=3)
+    kinds = kinds_of(texts, split.retain_train, {"colour"}, seed=3)
+    near = [fact for fact in split.retain_train if fact.relation == "colour"]
+    assert kinds.count("text") == 7
+    assert {text for text, kind in zip(texts, kinds, strict=True) if kind == "near"} == set(statements(near, seed=3))
+    assert kinds.count("far") > 0

@@ -1,29 +1,39 @@
 """Guards: gates that see no future, clamps that change nothing else, and the same text with and without a cache."""
 
+import math
+import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mechunlearn import applied
 from mechunlearn.activations import hooked, read
-from mechunlearn.features.attached import attached
+from mechunlearn.edit.losses import answer_log_probs, answer_tokens, batches, joined, predict
+from mechunlearn.features.attached import Seen, attached
 from mechunlearn.features.clamp import Clamp
 from mechunlearn.features.code_deletion import CodeDeletion
-from mechunlearn.features.dictionary import Dictionary, Kind
+from mechunlearn.features.dictionary import Dictionary, Kind, fold_decoder_norm
 from mechunlearn.features.gate import Gate, calibrated
 from mechunlearn.features.guard import Guard, attach, load_guard, narrowed, save_guard, without_clamp
 from mechunlearn.features.guard_files import load_from, save_in
 from mechunlearn.features.hook_points import KINDS, place_of_hook, width_at
-from mechunlearn.models import Model, NotSupported
+from mechunlearn.features.statistics import feature_statistics
+from mechunlearn.metrics import candidate_log_probs, perplexity
+from mechunlearn.models import Model, NotSupported, wrap_model
+from mechunlearn.prompts import padding_token
 from mechunlearn.report.gates import gate_figure
 
 HOOK = "blocks.1.hook_resid_post"
 FAMILIES = ("gpt2", "gpt_neo", "gpt_neox", "llama", "gemma2", "qwen3")
-GATES = [Gate(kind=kind, threshold=t) for kind, t in (("share", 0.3), ("window", 0.3), ("cusum", 1.0))]
+GATES = [Gate(kind=kind, threshold=t) for kind, t in (("share", 0.3), ("window", 0.3), ("cusum", 3.0))]
+SEQUENCE = [replace(gate, scope="sequence") for gate in GATES]
 MADE_ON = {"base_name": "tiny", "base_sha256": "0", "method": "by hand"}
 
 
@@ -88,8 +98,9 @@ def test_text_is_guarded_alike_with_and_without_a_cache(tiny_model: Callable[...
     assert torch.equal(logits_of(model, ids), plain)
 
 
-@pytest.mark.parametrize("gate", GATES, ids=str)
+@pytest.mark.parametrize("gate", [*GATES, *SEQUENCE], ids=str)
 def test_generations_agree_with_and_without_a_cache_and_in_a_padded_batch(tiny_model, gate):
+    """But for the scope "sequence", without a cache: see where its decision turns, below."""
     model, guard = tiny_model(), a_guard(gate=gate)
     model.tokenizer.padding_side = "left"
     prompts = ["The favourite colour of Bram", "Cora Lindqvist lives in the city of", "What colour?"]
@@ -103,26 +114,116 @@ def test_generations_agree_with_and_without_a_cache_and_in_a_padded_batch(tiny_m
             alone = model.hf.generate(**one, **options)[0]
             n = len(one["input_ids"][0])
             assert torch.equal(alone[n:], together[0][row, batch["input_ids"].shape[1] :])
-    assert torch.equal(*together)
+    assert torch.equal(*together) or gate.scope == "sequence"
     assert not torch.equal(together[0], plain)
     model.tokenizer.padding_side = "right"
 
 
-def test_the_decision_on_a_prompt_lasts_through_its_generation(tiny_model):
-    model = tiny_model()
-    ids = some_ids(model, rows=6)
-    for threshold in (0.05, 0.2):
-        gate = Gate(kind="share", threshold=threshold, scope="sequence")
-        with applied(model, a_guard(gate=gate)):
-            out = model.hf(ids, use_cache=True)
-            following = model.hf(ids[:, 5:9], past_key_values=out.past_key_values, use_cache=True).logits
-            again = logits_of(model, torch.cat([ids, ids[:, 5:9]], dim=1))[:, ids.shape[1] :]
-        whole = torch.cat([ids, ids[:, 5:9]], dim=1)
-        on, content = flags(model, whole)
-        decided = [gate.is_open(on[:, :n], content[:, :n], {})[:, 0] for n in (ids.shape[1], whole.shape[1])]
-        same = decided[0] == decided[1]  # where the longer text is decided alike
-        assert same.any()
-        torch.testing.assert_close(following[same], again[same], atol=2e-4, rtol=1e-3)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("gate", SEQUENCE, ids=str)
+def test_token_by_token_a_sequence_opens_where_the_score_of_all_so_far_passes(tiny_model, family, gate):
+    model = tiny_model(family)
+    ids = some_ids(model, rows=8)
+    on, content = flags(model, ids)
+    wanted = torch.stack([decided(gate, on, content, n) for n in range(1, ids.shape[1] + 1)], dim=1) & on
+    assert wanted.any(), "the gate must open in some text"
+    assert (on & ~wanted).any(), "and be shut at some hit"
+    plain, cache, clamped = read(model, ids, ("block", 1)), None, []
+    with applied(model, a_guard(gate=gate)), hooked(model, record=[("block", 1)]) as seen, torch.no_grad():
+        for position in range(ids.shape[1]):
+            out = model.hf(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            clamped.append((seen["block", 1][:, 0] - plain[:, position]).abs().amax(-1) > 0.01)
+    assert torch.equal(torch.stack(clamped, dim=1), wanted)
+
+
+@pytest.mark.parametrize("gate", SEQUENCE, ids=str)
+def test_a_cache_goes_on_as_the_text_read_anew_until_the_decision_turns(tiny_model, gate):
+    model, first = tiny_model(), 4
+    ids = some_ids(model, rows=12, length=16)
+    on, content = flags(model, ids)
+    with applied(model, a_guard(gate=gate)), torch.no_grad():
+        out = model.hf(ids[:, :first], use_cache=True)
+        cached, anew = [out.logits[:, -1]], [logits_of(model, ids[:, :first])[:, -1]]
+        for n in range(first, ids.shape[1]):
+            out = model.hf(ids[:, n : n + 1], past_key_values=out.past_key_values, use_cache=True)
+            cached.append(out.logits[:, -1])
+            anew.append(logits_of(model, ids[:, : n + 1])[:, -1])
+    decisions = torch.stack([decided(gate, on, content, n) for n in range(first, ids.shape[1] + 1)], dim=1)
+    same = (decisions == decisions[:, :1]).cumprod(1).bool()  # up to where it first turns
+    apart = (torch.stack(cached, dim=1) - torch.stack(anew, dim=1)).abs().amax(-1)
+    assert apart[same].max() < 2e-4
+    assert same.all(1).any()
+    assert apart[~same].max() > 0.01, "beyond, they differ as the docstring says"
+
+
+def decided(gate: Gate, on: torch.Tensor, content: torch.Tensor, n: int) -> torch.Tensor:
+    """Whether each text's first n tokens, read at once, are past the threshold."""
+    return gate.scores(on[:, :n], content[:, :n], {})[:, -1] > gate.threshold
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("gate", [*GATES, *SEQUENCE], ids=str)
+def test_padding_under_a_mask_changes_no_text_on_either_side(tiny_model, gate, side):
+    model = tiny_model()  # rotary positions: padding on the left shifts them all alike
+    texts = [some_ids(model, rows=1, length=n, seed=n)[0] for n in (14, 9, 6)]
+    batch, mask = torch.full((3, 14), 5), torch.zeros(3, 14, dtype=torch.long)  # padded with a word: the mask decides
+    spans = [slice(14 - len(one), 14) if side == "left" else slice(0, len(one)) for one in texts]
+    for row, (one, span) in enumerate(zip(texts, spans, strict=True)):
+        batch[row, span], mask[row, span] = one, 1
+    with applied(model, a_guard(gate=gate)), torch.no_grad():
+        together = model.hf(batch, attention_mask=mask, use_cache=False).logits
+        for row, (one, span) in enumerate(zip(texts, spans, strict=True)):
+            torch.testing.assert_close(together[row, span], logits_of(model, one[None])[0], atol=2e-4, rtol=1e-3)
+
+
+def test_scores_of_texts_are_those_alone_where_token_0_is_a_word():
+    """As in GPT-2, Llama 3 and Qwen: padded with "!", a sequence gate would take padding for text."""
+    model = a_model_of_words()
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(WORDS[1:], k=n)) for n in [4] * 10 + [30] * 2]
+    assert padding_token(model) == len(WORDS)
+    guard = a_guard(a_dictionary(hook_point="blocks.0.hook_resid_post"), gate=Gate(threshold=0.25, scope="sequence"))
+    plain = candidate_log_probs(model, texts, [["w1", "w2"]] * 12)
+    with applied(model, guard):
+        together = candidate_log_probs(model, texts, [["w1", "w2"]] * 12)
+        alone = [candidate_log_probs(model, [text], [["w1", "w2"]])[0] for text in texts]
+        each = [math.log(perplexity(model, [text])) * (len(text.split()) - 1) for text in texts]
+        assert math.log(perplexity(model, texts)) == pytest.approx(sum(each) / (10 * 3 + 2 * 29), rel=1e-5)
+        counted = [feature_statistics(model, guard.dictionary, texts, batch_size=n).mean_norm for n in (1, 12)]
+        batch = answer_tokens(model, [(text, "w1") for text in texts])
+        both = next(joined(batches(batch.take(torch.arange(10)), 10, seed=0), batches(batch, 12, seed=0)))
+        losses = [answer_log_probs(*predict(partial(forward, model), one)) for one in (batch, both)]
+    assert counted[0] == pytest.approx(counted[1], rel=1e-5)
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(losses[0], torch.stack([one[0] for one in alone]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(losses[1], losses[0][[*range(10), *range(12)]], atol=1e-4, rtol=1e-4)
+    opened = [not torch.allclose(one, before, atol=1e-3) for one, before in zip(alone[:10], plain[:10], strict=True)]
+    assert 0 < sum(opened) < 10
+
+
+WORDS = ["!", *(f"w{i}" for i in range(60))]
+
+
+def forward(model: Model, ids: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    return model.hf(ids, use_cache=False, logits_to_keep=keep).logits.float()
+
+
+def a_model_of_words() -> Model:
+    """A GPT-2 whose only special token is its last one."""
+    end = {f"{name}_token": "<|endoftext|>" for name in ("bos", "eos", "unk")}
+    whole = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate([*WORDS, end["eos_token"]])}, end["unk_token"])
+    )
+    whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    config = transformers.GPT2Config(vocab_size=62, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf = transformers.GPT2LMHeadModel(config).eval()
+        for parameter in hf.parameters():
+            parameter.data.mul_(5)
+    return wrap_model(hf, transformers.PreTrainedTokenizerFast(tokenizer_object=whole, **end), name="of-words")
 
 
 def flags(model: Model, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,19 +232,25 @@ def flags(model: Model, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (features > 0).any(-1) & content, content
 
 
-def test_conversations_may_take_turns_and_beams_be_reordered(tiny_model):
+@pytest.mark.parametrize("gate", [*GATES, *SEQUENCE], ids=str)
+def test_conversations_may_take_turns_and_beams_be_reordered(tiny_model, gate):
     model = tiny_model()
-    ids = some_ids(model, rows=2)
-    with applied(model, a_guard()), torch.no_grad():
-        whole = logits_of(model, ids)
+    ids = some_ids(model, rows=8)
+    with applied(model, a_guard(gate=gate)), torch.no_grad():
+        expected = []
+        for row in ids:
+            begun = model.hf(row[None, :7], use_cache=True).past_key_values
+            expected.append(model.hf(row[None, 7:], past_key_values=begun, use_cache=True).logits[0])
         first = [model.hf(ids[i : i + 1, :7], use_cache=True).past_key_values for i in (0, 1)]
         for i in (0, 1):
             out = model.hf(ids[i : i + 1, 7:], past_key_values=first[i], use_cache=True).logits
-            torch.testing.assert_close(out[0], whole[i, 7:], atol=2e-4, rtol=1e-3)
-        cache = model.hf(ids[:, :7], use_cache=True).past_key_values
-        cache.reorder_cache(torch.tensor([1, 0]))
-        swapped = model.hf(ids[[1, 0], 7:], past_key_values=cache, use_cache=True).logits
-        torch.testing.assert_close(swapped, whole[[1, 0], 7:], atol=2e-4, rtol=1e-3)
+            torch.testing.assert_close(out[0], expected[i], atol=2e-4, rtol=1e-3)
+        cache, order = model.hf(ids[:, :7], use_cache=True).past_key_values, [3, 1, 1, 0, 7, 6, 5, 4]
+        cache.reorder_cache(torch.tensor(order))
+        swapped = model.hf(ids[order, 7:], past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(swapped, torch.stack(expected)[order], atol=2e-4, rtol=1e-3)
+        if gate.scope == "token":
+            torch.testing.assert_close(torch.stack(expected), logits_of(model, ids)[:, 7:], atol=2e-4, rtol=1e-3)
 
 
 def test_a_cache_that_was_begun_outside_is_an_error(tiny_model):
@@ -219,12 +326,47 @@ def test_scores_see_neither_the_future_nor_padding_nor_other_texts(gate, scope):
 def test_scores_by_hand():
     on = torch.tensor([[False, True, True, False]])
     content = torch.tensor([[False, True, True, True]])
-    assert Gate(kind="share").scores(on, content, {}).tolist() == [[0, 1, 1, 2 / 3]]
+    assert Gate(kind="share", scope="sequence").scores(on, content, {}).tolist() == [[0, 1, 1, 2 / 3]]
+    assert Gate(kind="share").scores(on, content, {}).tolist() == [[0, 1 / 8, 2 / 8, 2 / 8]]
+    assert Gate(kind="share", width=2).scores(on, content, {}).tolist() == [[0, 1 / 2, 1, 2 / 3]]
     assert Gate(kind="window", width=2).scores(on, content, {}).tolist() == [[0, 0.5, 1, 0.5]]
     gate = Gate(kind="cusum", rates=(0.8, 0.2))
     gain, loss = np.log(4), np.log(0.25)
     assert gate.scores(on, content, {})[0].numpy() == pytest.approx([0, gain, 2 * gain, 2 * gain + loss])
     assert gate.scores(~on, content, {})[0].numpy() == pytest.approx([0, 0, 0, gain])
+
+
+def test_a_hit_among_the_first_tokens_does_not_cost_a_share_its_threshold():
+    """A tenth of the texts to retain begins with a hit; the texts to forget have one at every third token."""
+    content = torch.ones(24, dtype=torch.bool)
+    early, none, every_third = (torch.zeros(24, dtype=torch.bool) for _ in range(3))
+    early[0], every_third[2::3] = True, True
+    gate = calibrated(Gate(kind="share"), [(early, content)] * 10 + [(none, content)] * 90, rate=0.05)
+    assert gate.threshold == 1 / 8
+    assert not gate.is_open(early[None], content[None], {}).any()
+    assert gate.is_open(every_third[None], content[None], {})[0, 5:].all()
+
+
+@pytest.mark.parametrize("scaling", ["none", "constant_norm_rescale", "layer_norm"])
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "topk"])
+def test_a_strength_in_residual_norms_is_a_step_of_that_length_however_activations_are_scaled(kind, scaling):
+    """From where the feature is off: what it added itself comes off besides."""
+    whole = a_dictionary(kind=kind)
+    weights = whole.weights | {"W_dec": 3 * whole.weights["W_dec"], "b_enc": whole.weights["b_enc"] + 1.2}
+    whole = fold_decoder_norm(replace(whole, weights=weights, scaling=scaling, is_folded=False, scales_by_norm=True))
+    x = 20 * torch.randn(40, 8, 32, generator=torch.Generator().manual_seed(1))
+    norm = float(x.norm(dim=-1).mean())
+    seen = Seen(content=torch.ones(40, 8, dtype=torch.bool), memory={})
+    found = {}
+    for mode, strength in (("only_fired", 0.3), ("only_fired", 2.0), ("zero", 1.0)):
+        clamp = Clamp(mode=mode, strength=strength, units="residual", residual_norm=norm)
+        found[mode, strength] = a_guard(whole, features=(4,), gate=None, clamp=clamp).change("cpu")(x, seen)
+    hot = whole.encode(x)[..., 4] > 0
+    assert 0.05 < hot.float().mean() < 0.95
+    for strength in (0.3, 2.0):
+        step = (found["only_fired", strength] - found["zero", 1.0])[hot]
+        torch.testing.assert_close(step.norm(dim=-1), torch.full((len(step),), strength * norm), rtol=1e-3, atol=0)
+        assert torch.equal(found["only_fired", strength][~hot], x[~hot])
 
 
 @pytest.mark.parametrize("method", ["quantile", "conformal"])

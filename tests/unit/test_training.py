@@ -117,11 +117,13 @@ def test_each_row_goes_through_the_blocks_below_once(tiny_model):
         assert sum(run) == expected
 
 
-def test_the_stream_of_any_row_in_any_batch_is_what_the_model_computes(any_model):
+@pytest.mark.parametrize("padding", [0, 2])
+def test_the_stream_of_any_row_in_any_batch_is_what_the_model_computes(any_model, padding, monkeypatch):
+    monkeypatch.setattr("mechunlearn.edit.prefix.padding_token", lambda model: padding)
     model, generator = any_model, torch.Generator().manual_seed(0)
     cache = PrefixCache.below(model, mlps(model, 2).entries)
-    pool = torch.randint(0, 4, (6, 9), generator=generator)  # zeros, the padding token, are real tokens here
-    pool[0, 5:], pool[1, 2:], pool[2] = 0, 0, 0
+    pool = torch.randint(0, 4, (6, 9), generator=generator)  # the padding token is a real one here, too
+    pool[0, 5:], pool[1, 2:], pool[2] = padding, padding, padding
     for _ in range(6):
         chosen = torch.randint(6, (4,), generator=generator)
         ids = pool[chosen, : int(torch.randint(3, 10, (1,), generator=generator))]
@@ -129,6 +131,10 @@ def test_the_stream_of_any_row_in_any_batch_is_what_the_model_computes(any_model
             model.hf(ids, use_cache=False)
         torch.testing.assert_close(cache.streams(ids, model.hf.forward), seen["block", 1], atol=2e-6, rtol=1e-5)
     assert cache.held == sum(row.nbytes for row in cache._rows.values())
+    cache.streams(pool[:2], model.hf.forward)
+    kept = set(cache._rows)
+    cache.streams(pool[:2, :6], model.hf.forward)
+    assert set(cache._rows) == kept, "with less padding they are the same rows"
 
 
 def test_a_full_cache_keeps_to_its_limit_and_changes_nothing(tiny_model, monkeypatch):
