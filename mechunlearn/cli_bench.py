@@ -213,14 +213,14 @@ def bench_guards(
     out: PartsOption = Path(".runs/guards"),
 ) -> None:
     """What guards of activations forget, spare and withstand: clamps, gates, dilution, requests in sequence, ..."""
-    from mechunlearn import features_stage, stages
+    from mechunlearn import guards_stage, stages
 
     chosen = stages.chosen(facts, forgotten)
-    about = topic or features_stage.topic_of(chosen)
+    about = topic or guards_stage.topic_of(chosen)
     if about is None and not only:
-        console.print(f"{features_stage.NEEDS_TOPIC} is left out: what is to be forgotten has no name (--topic)")
+        console.print(f"{guards_stage.NEEDS_TOPIC} is left out: what is to be forgotten has no name (--topic)")
     with showing_progress() as progress, advising("--workers 1"):
-        table = features_stage.bench_guards(
+        table = guards_stage.bench_guards(
             model, chosen, only or [], out, dictionary=dictionary, hook_point=hook, topic=about, max_facts=max_facts,
             seeds=seeds, workers=workers, device=device, on_progress=progress,
         )  # fmt: skip
@@ -250,10 +250,10 @@ def bench_codes(
     out: PartsOption = Path(".runs/codes"),
 ) -> None:
     """What deleting the codes of a topic forgets and spares, and what the codebook costs with nothing deleted."""
-    from mechunlearn import features_stage, stages
+    from mechunlearn import guards_stage, stages
 
     with showing_progress() as progress, advising("--workers 1"):
-        table = features_stage.bench_codes(
+        table = guards_stage.bench_codes(
             model, stages.chosen(facts, forgotten), only or [], out, without=without, never_knew=never_knew,
             never_knew_without=never_knew_without, bert_model=bert_model,
             max_facts=max_facts, seeds=seeds, workers=workers, device=device, on_progress=progress,

@@ -238,7 +238,7 @@ def test_the_command_measures_with_a_dictionary_whose_file_names_no_hook_point(s
 
 def test_without_a_topic_the_choice_by_descriptions_is_left_out(saved, monkeypatch):
     monkeypatch.chdir(saved)
-    monkeypatch.setattr("mechunlearn.features_stage.names_of", lambda names: names or ("zero_shot", "feature_rule"))
+    monkeypatch.setattr("mechunlearn.guards_stage.names_of", lambda names: names or ("zero_shot", "feature_rule"))
     hook = ("--hook", "blocks.1.hook_resid_post")
     made = bench(saved, *hook)
     assert made.exit_code == 0, made.output
