@@ -1,6 +1,7 @@
 """What a model writes: generated text, held against references by the scores that the field reports."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import sacrebleu
@@ -90,8 +91,10 @@ def _bertscore(texts: Sequence[str], references: Sequence[str], model: str) -> l
         from bert_score import BERTScorer  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError:
         raise ValueError("generation: bert_model needs bert-score; pip install 'mechunlearn[generation]'") from None
-    layers = AutoConfig.from_pretrained(model).num_hidden_layers
-    scorer = BERTScorer(model_type=model, num_layers=layers)
+    config = AutoConfig.from_pretrained(model)
+    scorer = BERTScorer(model_type=model, num_layers=config.num_hidden_layers)
+    tokenizer: Any = scorer._tokenizer  # one without a limit (DeBERTa's) has 1e30, which tokenizers refuse
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
     return [float(value) for value in scorer.score(list(texts), list(references))[2]]
 
 

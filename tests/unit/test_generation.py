@@ -1,10 +1,12 @@
 """Generated text and its scores; the description task; dictionaries and codebook models from the command line."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import sacrebleu
 import torch
+import transformers
 from typer.testing import CliRunner
 
 from mechunlearn import load_model
@@ -13,9 +15,11 @@ from mechunlearn.codebook_model import codebook_of
 from mechunlearn.evaluate.generation import generated, generation_scores, normalized_drop
 from mechunlearn.features.codebook_training import CodebookRecipe
 from mechunlearn.features.formats import load_dictionary
+from mechunlearn.organisms import shipped_features
+from mechunlearn.organisms.bundle import ORGANISMS
 from mechunlearn.organisms.descriptions import SPOKEN_OF, VARIANTS, WORDINGS, DescribedCorpus, descriptions
 from mechunlearn.organisms.forget_sets import never_known
-from mechunlearn.organisms.shipped_features import train_codebook_model
+from mechunlearn.organisms.shipped_features import CODEBOOKS, train_codebook_model
 
 
 def test_scores_are_sacrebleus():
@@ -36,6 +40,37 @@ def test_bertscore_without_its_library_is_one_clear_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bert_score", None)
     with pytest.raises(ValueError, match="needs bert-score"):
         generation_scores(["a"], ["a"], bert_model="some-encoder")
+
+
+@pytest.fixture
+def tiny_bert(tmp_path: Path) -> str:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "dog"]
+    tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+    tokenizer.save_pretrained(tmp_path)  # without a limit of its length, as some of the hub's
+    config = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_bertscore_is_of_the_encoder_that_is_named(tiny_bert):
+    pytest.importorskip("bert_score", reason="pip install 'mechunlearn[generation]'")
+    found = generation_scores(["the cat sat", "the dog"], ["the cat sat", "cat"], bert_model=tiny_bert)["bertscore"]
+    assert found[0] == pytest.approx(1, abs=1e-5)
+    assert found[1] < 0.99
+
+
+def test_meteor_holds_a_text_against_its_reference():
+    try:
+        from nltk.corpus import wordnet
+
+        wordnet.ensure_loaded()
+    except (ImportError, LookupError):
+        pytest.skip("pip install 'mechunlearn[generation]' and python -m nltk.downloader wordnet")
+    found = generation_scores(["the cat sat on the mat", "the cat"], ["the cat sat on the mat", "the dog ran home"])
+    assert found["meteor"][0] > 0.99
+    assert 0 < found["meteor"][1] < 0.5
 
 
 def test_the_normalized_drop():
@@ -113,3 +148,18 @@ def test_features_train_writes_a_dictionary(tmp_path: Path, monkeypatch):
         found = load_dictionary(folder / "dictionary")
         assert (found.kind, found.d_sae, found.hook_point) == ("topk", 64, "blocks.1.hook_resid_mid")
         assert found.notes["quality"]["L0"] <= 16
+
+
+def test_everything_that_comes_with_the_package_is_made_by_one_command(tmp_path: Path, monkeypatch):
+    small = replace(shipped_features.RECIPE, d_sae=64, steps=2)
+    codebooks = {name: (of, CodebookRecipe(n_codes=64, k=2, steps=2)) for name, (of, _) in CODEBOOKS.items()}
+    monkeypatch.setattr("mechunlearn.features_stage.RECIPE", small)
+    monkeypatch.setattr("mechunlearn.organisms.shipped_features.MEASURED", 1)
+    for module in ("mechunlearn.features_stage", "mechunlearn.organisms.shipped_features"):
+        monkeypatch.setattr(f"{module}.CODEBOOKS", codebooks)
+    result = CliRunner().invoke(app, ["features", "make", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    for name in ORGANISMS:
+        assert load_dictionary(tmp_path / name / "blocks.3.hook_resid_post" / "dictionary").d_sae == 64
+    for name in codebooks:
+        assert codebook_of(load_model(tmp_path / name / "model")).shape.n_codes == 64
