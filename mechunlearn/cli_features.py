@@ -43,6 +43,9 @@ def features_codebook(
     text: Annotated[Path, typer.Option("--text", help="Text file, a passage a line.")],
     out: Annotated[Path, typer.Option("--out", help="Model folder to write; OUT.training keeps the training's state.")],
     options: SetOption = None,
+    compare: Annotated[
+        bool, typer.Option(help="Also train it without a codebook, as long: what the codebook costs is against that.")
+    ] = True,
     device: Annotated[str, typer.Option("--device")] = "auto",
 ) -> None:
     """Train a codebook into a model; interrupted, it goes on from its last checkpoint. For `guard --model OUT`."""
@@ -50,9 +53,9 @@ def features_codebook(
 
     with showing_progress() as progress:
         table = features_stage.codebook(
-            model, layer, pairs_of(options), out, text=text, device=device, on_step=progress
+            model, layer, pairs_of(options), out, text=text, compare=compare, device=device, on_step=progress
         )  # fmt: skip
-    print_frame(table, title=f"{model}, nats per token of text not trained on: as it was, and with its codebook")
+    print_frame(table, title=f"{model}: nats per token of text that was not trained on")
     console.print(f"model with a codebook: {escape(str(out))}", soft_wrap=True)
 
 

@@ -46,6 +46,10 @@ class Passed:
     z: Float[Tensor, "batch pos d_code"]
     z_codes: Float[Tensor, "batch pos d_code"]
 
+    def at(self, mask: Bool[Tensor, "batch pos"]) -> "Passed":
+        """Those of some tokens, as one row of vectors."""
+        return Passed(**{name: value[mask] for name, value in vars(self).items()})
+
 
 class Codebook(nn.Module):
     """x -> decode(mean of the k codes closest to encode(x)); nothing else of x passes.

@@ -56,11 +56,7 @@ def insert_codebook(model: Model, codebook: Codebook, layer: int) -> None:
     stands_in = block(model, layer)
     _own(model.hf, codebook, model.d_model, layer)
     if has_parallel_blocks(model):
-
-        def on_block(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            return with_first_output(output, codebook(first_output(output)))
-
-        stands_in.register_forward_hook(on_block)
+        _behind(stands_in, codebook)
     else:
         attach_between(model, layer, lambda _place, stream: codebook(stream))
 
@@ -79,11 +75,16 @@ def insert_in_encoder(hf: PreTrainedModel, codebook: Codebook, layer: int) -> No
             f"codebook: {type(hf).__name__} has no encoder.block.{layer}.layer.0; give a T5 and a layer of its encoder"
         ) from None
     _own(hf, codebook, int(hf.config.d_model), layer)
+    _behind(sublayer, codebook)
 
-    def on_sum(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+
+def _behind(module: nn.Module, codebook: Codebook) -> None:
+    """What the module returns goes on as the codebook passes it."""
+
+    def on_output(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         return with_first_output(output, codebook(first_output(output)))
 
-    sublayer.register_forward_hook(on_sum)
+    module.register_forward_hook(on_output)
 
 
 def _own(hf: PreTrainedModel, codebook: Codebook, width: int, layer: int) -> None:

@@ -9,12 +9,11 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from mechunlearn.checkpoints import choose_device, load_model, save_model
 from mechunlearn.codebook import Codebook
 from mechunlearn.codebook_model import insert_codebook
-from mechunlearn.features.codebook_training import CodebookRecipe, train_codebook
+from mechunlearn.features.codebook_training import CodebookRecipe, as_task, train_alike, train_codebook
 from mechunlearn.features.token_rows import TokenRows, rows_of_texts
 from mechunlearn.features.training import DictionaryRecipe
 from mechunlearn.files import replaceable, whole_folder
@@ -65,15 +64,19 @@ def train(
 
 
 def codebook(
-    name: str, layer: int, options: Mapping[str, Any], out: Path, *, text: Path, device: str, on_step: Progress
-) -> pd.DataFrame:
+    name: str, layer: int, options: Mapping[str, Any], out: Path, *, text: Path, compare: bool, device: str,
+    on_step: Progress,
+) -> pd.DataFrame:  # fmt: skip
     """Train a codebook into a model on a file's text (a passage a line); `out` becomes a model folder that has it.
 
     What the training goes on from is kept beside, in `out`.training. On CPUs and cards alike it is in float32.
 
+    Args:
+        compare: also train the model without a codebook, on the same text and for as many steps.
+
     Returns:
-        One row: mean loss in nats per token on text that was not trained on, of the model as it was and with the
-        codebook, and what that costs.
+        One row: mean loss in nats per token on text that was not trained on, of the model as it was, of the one with
+        the codebook, of the one trained alike without one, and the difference of these two: what the codebook costs.
 
     Raises:
         ValueError: an unknown option or layer, a model that has a codebook, or too little text.
@@ -83,24 +86,27 @@ def codebook(
         raise ValueError(f"codebook: got --set layer={options['layer']}; give it by --layer")
     checked = Method(name="codebook", kind="stage", function=CodebookRecipe, source="")
     recipe = CodebookRecipe(**checked.validate({**options, "layer": layer}))
-    model = load_model(name, device=str(choose_device(device)), dtype="float32")
+    where, state = str(choose_device(device)), out.with_name(f"{out.name}.training")
+    model = load_model(name, device=where, dtype="float32")
     base, made = model.sha256, Codebook(recipe.shape(model.d_model), seed=recipe.seed)
     rows, unseen = _rows_of(model, text)
-    before = _loss(model, unseen)
+    read = text_digest(text)
+    found = {"loss before": _loss(model, unseen)}
     insert_codebook(model, made, layer)
-
-    def batches(step: int) -> dict[str, Tensor]:
-        ids = rows(step)
-        return {"input_ids": ids, "labels": ids}
-
-    state = out.with_name(f"{out.name}.training")
     train_codebook(
-        model.hf, batches, recipe, state, text=text_digest(text), base=base,
+        model.hf, as_task(rows), recipe, state, text=read, base=base,
         on_step=_told(on_step, f"codebook in layer {layer}", recipe.steps),
     )  # fmt: skip
-    after = _loss(model, unseen)
-    found = {"loss without": before, "loss with": after, "cost": after - before}
-    card = {"of": name, "sha256": base, "recipe": asdict(recipe), "text": text_digest(text), **found}
+    found["loss with codebook"] = _loss(model, unseen)
+    if compare:
+        alike = load_model(name, device=where, dtype="float32")
+        train_alike(
+            alike.hf, as_task(rows), recipe, state / "alike", text=read, base=base,
+            on_step=_told(on_step, "without a codebook", recipe.steps),
+        )  # fmt: skip
+        found["loss trained alike without"] = _loss(alike, unseen)
+        found["cost"] = found["loss with codebook"] - found["loss trained alike without"]
+    card = {"of": name, "sha256": base, "recipe": asdict(recipe), "text": read, **found}
     with whole_folder(out) as partial:
         save_model(model, partial)
         (partial / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
@@ -133,8 +139,11 @@ def _rows_of(model: Model, path: Path) -> tuple[TokenRows, TokenRows]:
         raise FileNotFoundError(f"--text: no file {path}; give a text file with a passage a line")
     passages = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     kept, unseen = [line for i, line in enumerate(passages) if i % 20], passages[::20]
-    made = [rows_of_texts(model, part, rows=ROWS, length=LENGTH) for part in (kept, unseen)]
-    return made[0], made[1]
+    try:
+        measured_on = rows_of_texts(model, unseen, rows=ROWS, length=LENGTH)
+    except ValueError as error:
+        raise ValueError(f"--text: every twentieth passage is kept to measure on, and of these: {error}") from None
+    return rows_of_texts(model, kept, rows=ROWS, length=LENGTH), measured_on
 
 
 def text_digest(path: Path) -> str:

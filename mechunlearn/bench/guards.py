@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from mechunlearn.bench.code_experiments import CODE_EXPERIMENTS, WITHOUT
 from mechunlearn.bench.guard_experiments import EXPERIMENTS
@@ -53,7 +54,7 @@ class GuardBench:
         digest = hashlib.sha256(json.dumps(asdict(self) | {"sha256": models}, sort_keys=True).encode())
         weights = dictionary_of(model, self.dictionary, self.hook_point).weights if self.dictionary else {}
         for name, value in sorted(weights.items()):
-            digest.update(name.encode() + value.cpu().numpy().tobytes())
+            digest.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:12]
 
 

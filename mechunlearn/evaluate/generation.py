@@ -6,7 +6,10 @@ from typing import Any
 import pandas as pd
 import sacrebleu
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+NO_LIMIT = 10**6  # tokens; transformers' tokenizers that know none (DeBERTa's) say 10^30
 
 
 @torch.no_grad()
@@ -22,26 +25,26 @@ def generated(
     """Greedy continuations of the prompts (of an encoder-decoder model: its outputs), with a cache, without specials.
 
     Args:
-        stop: token ids that end a text, beside the model's own end.
+        stop: token ids that end a text, beside the ends of tokenizer and model.
     """
-    ends = [*stop, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    own_ends = getattr(hf.generation_config, "eos_token_id", None)  # one, or several
+    ends = [*stop, tokenizer.eos_token_id, *(own_ends if isinstance(own_ends, list) else [own_ends])]
+    ends = list(dict.fromkeys(token for token in ends if isinstance(token, int)))
+    filler = next((token for token in (tokenizer.pad_token_id, *ends) if isinstance(token, int)), 0)
     found: dict[int, str] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    try:
-        for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
-            batch = tokenizer([prompts[i] for i in numbers], return_tensors="pt", padding=True).to(hf.device)
-            batch.pop("token_type_ids", None)
-            ids = hf.generate(  # pyright: ignore[reportCallIssue]  # transformers types it as a tensor
-                **batch, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(dict.fromkeys(ends)) or None,
-                pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
-            own = ids if hf.config.is_encoder_decoder else ids[:, batch["input_ids"].shape[1] :]
-            texts = tokenizer.batch_decode(own, skip_special_tokens=True)
-            found |= dict(zip(numbers, (text.strip() for text in texts), strict=True))
-    finally:
-        tokenizer.padding_side = side
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        rows = [torch.tensor(row) for row in tokenizer([prompts[i] for i in numbers])["input_ids"]]
+        ids = pad_sequence(rows, batch_first=True, padding_value=filler, padding_side="left").to(hf.device)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").to(hf.device)
+        made = hf.generate(  # pyright: ignore[reportCallIssue]  # transformers types it as a tensor
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+            eos_token_id=ends or None, pad_token_id=filler,
+        )  # fmt: skip
+        own = made if hf.config.is_encoder_decoder else made[:, ids.shape[1] :]
+        texts = tokenizer.batch_decode(own, skip_special_tokens=True)
+        found |= dict(zip(numbers, (text.strip() for text in texts), strict=True))
     return [found[i] for i in range(len(prompts))]
 
 
@@ -93,8 +96,9 @@ def _bertscore(texts: Sequence[str], references: Sequence[str], model: str) -> l
         raise ValueError("generation: bert_model needs bert-score; pip install 'mechunlearn[generation]'") from None
     config = AutoConfig.from_pretrained(model)
     scorer = BERTScorer(model_type=model, num_layers=config.num_hidden_layers)
-    tokenizer: Any = scorer._tokenizer  # one without a limit (DeBERTa's) has 1e30, which tokenizers refuse
-    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    tokenizer: Any = scorer._tokenizer
+    if tokenizer.model_max_length > NO_LIMIT:  # which tokenizers refuse; RoBERTa's positions begin after padding's
+        tokenizer.model_max_length = getattr(config, "max_position_embeddings", 514) - 2
     return [float(value) for value in scorer.score(list(texts), list(references))[2]]
 
 

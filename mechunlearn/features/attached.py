@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -15,7 +15,7 @@ from mechunlearn.models import Model
 from mechunlearn.prompts import tokenizer_of
 
 Memory = dict[str, Tensor]
-"""What a change remembers of each sequence, sequences first."""
+"""What a change remembers of each token of each sequence: sequences first, then tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +49,19 @@ def attached(model: Model, place: Place, change: TokenChange) -> Iterator[None]:
 
     def before(_module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         cache = named.get("past_key_values")
-        begun = cache is not None and int(cache.get_seq_length()) > 0
-        if begun and cache not in memories:
+        length = 0 if cache is None else int(cache.get_seq_length())
+        if length and cache not in memories:
             raise ValueError(f"{model.name}: this cache of keys and values was begun without what is attached now")
-        now["seen"] = Seen(content=_content(model, inputs, named), memory=memories[cache] if begun else {})
+        memory = memories[cache] if length else {}
+        for name, value in memory.items():  # the cache may have been cropped (assisted generation)
+            memory[name] = value[:, :length]
+        now["seen"] = Seen(content=_content(model, inputs, named), memory=memory)
 
     def after(_module: Any, _inputs: Any, output: Any) -> None:
         cache, memory = getattr(output, "past_key_values", None), now["seen"].memory
         if cache is not None and memories.get(cache) is not memory:
             memories[cache] = memory
-            _reorder_together(cache, memory)
+            _move_rows_together(cache, memory)
 
     base = model.hf.base_model
     with ExitStack() as handles:
@@ -78,13 +81,20 @@ def _content(model: Model, inputs: tuple[Any, ...], named: dict[str, Any]) -> Bo
     return content
 
 
-def _reorder_together(cache: Any, memory: Memory) -> None:
-    """Beam search moves rows of the cache about; the memory's rows have to go with them."""
-    own = cache.reorder_cache
+def _move_rows_together(cache: Any, memory: Memory) -> None:
+    """Beam search and others move rows of the cache about; the memory's rows have to go with them."""
+    itself = ref(cache)  # for a cache that held itself would outlive its last use
 
-    def reorder_cache(order: Tensor) -> Any:
-        for name, value in memory.items():
-            memory[name] = value.index_select(0, order.to(value.device))
-        return own(order)
+    def moving(name: str, move: Callable[[Tensor, Any], Tensor]) -> Callable[[Any], Any]:
+        before = vars(cache).get(name)  # of another change on the same model
 
-    cache.reorder_cache = reorder_cache
+        def moved(rows: Any) -> Any:
+            for key, value in memory.items():
+                memory[key] = move(value, rows)
+            return before(rows) if before is not None else getattr(type(itself()), name)(itself(), rows)
+
+        return moved
+
+    cache.reorder_cache = moving("reorder_cache", lambda value, rows: value.index_select(0, rows.to(value.device)))
+    cache.batch_select_indices = moving("batch_select_indices", lambda value, rows: value[rows.to(value.device)])
+    cache.batch_repeat_interleave = moving("batch_repeat_interleave", lambda value, n: value.repeat_interleave(n, 0))

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -61,34 +62,33 @@ class Gate:
         if self.width < 1:
             raise ValueError(f"gate: got a width of {self.width}, allowed: 1 or more tokens")
 
-    def scores(
-        self, on: Bool[Tensor, "batch pos"], content: Bool[Tensor, "batch pos"], memory: Memory
-    ) -> Float[Tensor, "batch pos"]:
-        """The score at every token; goes on from `memory` and leaves there what the next tokens need."""
+    def scores(self, on: Bool[Tensor, "batch pos"], content: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
+        """The score at every token of texts, each from its beginning."""
         on = on & content
         if self.kind == "share":
-            counts = torch.stack([on, content], dim=-1).double().cumsum(1) + memory.get("counts", 0.0)
-            memory["counts"] = counts[:, -1:]
-            return counts[..., 0] / counts[..., 1].clamp(min=self.width if self.scope == "token" else 1)
+            counts = content.double().cumsum(1).clamp(min=self.width if self.scope == "token" else 1)
+            return on.double().cumsum(1) / counts
         if self.kind == "window":
-            past = memory.get("past", on.new_zeros(len(on), self.width - 1))
-            flags = torch.cat([past, on], dim=1)
-            memory["past"] = flags[:, flags.shape[1] - (self.width - 1) :]
-            return flags.double().unfold(1, self.width, 1).mean(-1)
+            return F.pad(on.double(), (self.width - 1, 0)).unfold(1, self.width, 1).mean(-1)
         p, q = self.rates
         gain = torch.where(on, math.log(p / q), math.log((1 - p) / (1 - q))).double() * content
-        walk = gain.cumsum(1) + memory.get("walk", torch.zeros_like(gain[:, :1]))
-        lowest = memory.get("lowest", torch.zeros_like(gain[:, :1]))
-        lowest = torch.cat([lowest, walk], dim=1).cummin(1).values[:, 1:]
-        memory["walk"], memory["lowest"] = walk[:, -1:], lowest[:, -1:]
-        return walk - lowest
+        walk = F.pad(gain.cumsum(1), (1, 0))
+        return (walk - walk.cummin(1).values)[:, 1:]
 
     def is_open(
         self, on: Bool[Tensor, "batch pos"], content: Bool[Tensor, "batch pos"], memory: Memory
     ) -> Bool[Tensor, "batch pos"]:
-        """Whether the gate is open at every token; `memory` as in `scores`."""
-        scores = self.scores(on, content, memory)
-        return (_at_end(scores, content).expand(on.shape) if self.scope == "sequence" else scores) > self.threshold
+        """Whether the gate is open at every token.
+
+        Args:
+            memory: of the texts' tokens before these, empty at a beginning; these are added to it.
+        """
+        flags = torch.stack([on, content], dim=-1)
+        memory["flags"] = flags = torch.cat([memory["flags"], flags], dim=1) if memory else flags
+        scores = self.scores(*(whole := flags.unbind(-1)))
+        if self.scope == "sequence":
+            return _at_end(scores, whole[1]).expand(on.shape) > self.threshold
+        return scores[:, -on.shape[1] :] > self.threshold
 
     def peaks(self, flags: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray:
         """Of each text, (on, content) a token, the highest score that could open the gate.
@@ -98,7 +98,7 @@ class Gate:
         if not flags:
             return np.zeros(0)
         on, content = (pad_sequence([one[part] for one in flags], batch_first=True) for part in (0, 1))
-        scores = self.scores(on, content, {})  # no score looks at padding, and none is higher there than before
+        scores = self.scores(on, content)  # no score looks at padding, and none is higher there than before
         return (_at_end(scores, content)[:, 0] if self.scope == "sequence" else scores.max(1).values).numpy()
 
 

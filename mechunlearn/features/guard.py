@@ -20,7 +20,7 @@ from mechunlearn.html_card import html_card
 from mechunlearn.models import Model, wrap_model
 from mechunlearn.saved_records import load_record, reading, save_record
 
-FORMAT = "mechunlearn guard 1"
+FORMAT = "mechunlearn guard 2"  # shares, and strengths under scaling, meant something else in the first
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool
 from scipy import stats
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mechunlearn.codebook import Codebook
@@ -65,21 +66,22 @@ def codes_in(
             step in if the first ones were deleted, too.
     """
     encoder = hf.get_encoder() if hf.config.is_encoder_decoder else hf.base_model
+    limit = min(max_tokens, getattr(hf.config, "max_position_embeddings", None) or max_tokens)
     found = torch.zeros(len(texts), codebook.shape.n_codes, dtype=torch.bool)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     was_training = hf.training
     hf.eval()
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = tokenizer(
-            [texts[i] for i in rows], return_tensors="pt", padding=True, truncation=True, max_length=max_tokens
-        )
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        encoder(input_ids=ids.to(hf.device), attention_mask=mask.to(hf.device))
+        made = tokenizer([texts[i] for i in rows], truncation=True, max_length=limit)["input_ids"]
+        # on the right, where it moves no position, and by hand, for not every tokenizer can
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in made], batch_first=True)
+        ids = pad_sequence([torch.tensor(row) for row in made], batch_first=True)
+        encoder(input_ids=ids.to(hf.device), attention_mask=mask.to(hf.device, torch.long))
         if (passed := codebook.passed) is None:
             raise RuntimeError("codebook: a forward pass of the model did not go through it")
         codes = passed.codes if n_closest is None else codebook.closest(passed.z, n_closest)
-        content = mask.bool() & is_content(tokenizer, ids)
+        content = mask & is_content(tokenizer, ids)
         for row, text in enumerate(rows):
             found[text, codes[row][content[row].to(codes.device)].flatten().cpu()] = True
     hf.train(was_training)

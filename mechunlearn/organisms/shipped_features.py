@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from mechunlearn.checkpoints import load_model, save_model
 from mechunlearn.codebook import Codebook
 from mechunlearn.codebook_model import TENSORS, insert_codebook
-from mechunlearn.features.codebook_training import CodebookRecipe, train_codebook
+from mechunlearn.features.codebook_training import CodebookRecipe, as_task, train_codebook
 from mechunlearn.features.dictionary import Dictionary
 from mechunlearn.features.formats import save_dictionary
 from mechunlearn.features.quality import dictionary_quality
@@ -111,11 +111,9 @@ def train_codebook_model(
     tokenizer = _fast_tokenizer(model)
     text = DescribedCorpus(tokenizer, seed=TEXT_SEED, exclude=_excluded(organism), rows=ROWS, length=LENGTH)
 
-    def batches(step: int) -> dict[str, Tensor]:
-        ids = text.batch(step)
-        return {"input_ids": ids, "labels": ids}
-
-    trainer = train_codebook(model.hf, batches, recipe, folder, text=f"{organism}, described", on_step=on_step)
+    trainer = train_codebook(
+        model.hf, as_task(text.batch), recipe, folder, text=f"{organism}, described", on_step=on_step
+    )
     model.hf.half()
     with whole_folder(folder / "model") as partial:
         save_model(model, partial)

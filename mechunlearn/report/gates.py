@@ -28,7 +28,7 @@ def gate_figure(model: Model, guard: Guard, texts: Sequence[str]) -> go.Figure:
     figure, n_hot = go.Figure(), 0
     for number, (text, (on, content)) in enumerate(zip(texts, flags, strict=True)):
         ids = encode(model, [text])[0][: len(content)]
-        scores = guard.gate.scores(on[None], content[None], {})[0].tolist()
+        scores = guard.gate.scores(on[None], content[None])[0].tolist()
         hot = (guard.gate.is_open(on[None], content[None], {})[0] & on)[: len(ids)]
         n_hot += bool(hot.any())
         colour = theme.PALETTE[number % len(theme.PALETTE)]

@@ -135,6 +135,39 @@ def test_relearning_is_asked_through_the_guard_and_has_a_control(ground):
     assert found["removed", 0.0] == ground.p_true(ground.split.forget_hidden)
 
 
+def test_an_attacker_trains_with_the_guard_or_without_it_as_the_arm_says(ground, monkeypatch):
+    """What the attacked model computes under gradients, and on what it is trained, of every arm."""
+    ids, seen = torch.arange(3, 15)[None], []
+
+    class Nothing:
+        def hidden_scores(self):
+            return {"a": 0.5}
+
+    def attacked(model, split, *, sources, **options):
+        seen.append((sources, model.hf(ids).logits.detach()))
+        return Nothing()
+
+    monkeypatch.setattr("mechunlearn.bench.guard_relearning.relearning", attacked)
+    guard = ground.guard("random", mode="all_on_hot", strength=5.0)
+    monkeypatch.setattr(Ground, "guard", lambda self, arm: guard)
+    arms = [arm for arm, x, _ in relearned(ground) if x == 1]
+    with torch.no_grad():
+        plain = ground.model.hf(ids).logits
+        with applied(ground.model, guard):
+            guarded = ground.model.hf(ids).logits
+    assert not torch.allclose(plain, guarded, atol=1e-3)
+    for arm, (sources, logits) in zip(arms, seen, strict=True):
+        assert sources == (("unrelated",) if arm.endswith("other text") else ("shown",))
+        through = arm in ("static", "dsg", "share")
+        torch.testing.assert_close(logits, guarded if through else plain)
+
+
+def test_dictionaries_are_folded_for_strengths_in_residual_norms_alone(ground):
+    assert ground.guard("static").dictionary.is_folded
+    assert not ground.guard("static", units="features").dictionary.is_folded
+    assert ground.guard("static").dictionary.is_folded
+
+
 def test_every_request_is_of_the_model_without_the_others(ground):
     asked = requests(ground.split)
     alone = [ground.guard("static", split=split) for split in asked]

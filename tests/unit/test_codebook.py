@@ -1,6 +1,7 @@
 """Codebooks: nothing leaks past, deletion falls through, training resumes, topics are found."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from mechunlearn.activations import read
 from mechunlearn.codebook import Codebook, CodebookShape
 from mechunlearn.codebook_model import codebook_of, insert_codebook, insert_in_encoder
 from mechunlearn.features.code_deletion import code_deletion, paired_sentences
-from mechunlearn.features.codebook_training import CodebookRecipe, CodebookTrainer
+from mechunlearn.features.codebook_training import CodebookRecipe, CodebookTrainer, train_codebook
 from mechunlearn.features.deletion import CodeDeletion, erase_codes, load_deletion, save_deletion
 from mechunlearn.features.texts import statements
 from mechunlearn.features.token_rows import rows_of_texts
@@ -139,7 +140,7 @@ def causal_batches(model: Model, facts):
 
 def a_trainer(model: Model, facts, recipe: CodebookRecipe = RECIPE) -> CodebookTrainer:
     insert_codebook(model, Codebook(recipe.shape(model.d_model), seed=recipe.seed), recipe.layer)
-    return CodebookTrainer(model.hf, causal_batches(model, facts), recipe, tokens_a_step=192, text="facts")
+    return CodebookTrainer(model.hf, causal_batches(model, facts), recipe, text="facts")
 
 
 def test_a_killed_training_goes_on_bit_for_bit(tiny_model, tiny_facts, killed_and_resumed, tmp_path: Path):
@@ -194,6 +195,47 @@ def test_counting_codes_is_the_same_in_any_batch_and_wider_when_asked(tiny_model
     wider = codes_in(model.hf, model.tokenizer, codebook_of(model), texts, n_closest=6)
     assert (wider | ~found[0]).all(), "the closest ones are among them"
     assert wider.sum() > found[0].sum()
+
+
+def test_codes_are_those_of_a_text_alone_wherever_the_tokenizer_pads_and_however_long_it_is(tiny_model):
+    model = with_codebook(tiny_model("gpt2"))  # absolute positions, 64 of them
+    texts = ["Bram", "Cora Lindqvist likes red and lives in Oslo", "What colour? " * 60]
+    alone = torch.cat([codes_in(model.hf, model.tokenizer, codebook_of(model), [text]) for text in texts])
+    for side in ("left", "right"):
+        model.tokenizer.padding_side = side
+        assert torch.equal(codes_in(model.hf, model.tokenizer, codebook_of(model), texts), alone)
+    model.tokenizer.padding_side = "right"
+
+
+def test_padding_is_nothing_to_learn_from(tiny_model, tiny_facts):
+    """Rows padded 40 wider, under a mask, train the same model."""
+    rows = rows_of_texts(tiny_model(), statements(tiny_facts.facts), rows=8, length=24)
+
+    def wider(step: int, by: int) -> dict[str, torch.Tensor]:
+        ids = torch.nn.functional.pad(rows(step), (0, by), value=5)
+        mask = torch.nn.functional.pad(torch.ones_like(rows(step)), (0, by))
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+    trained = []
+    for by in (0, 40):
+        model = tiny_model()
+        insert_codebook(model, Codebook(RECIPE.shape(32)), RECIPE.layer)
+        trainer = CodebookTrainer(model.hf, partial(wider, by=by), replace(RECIPE, steps=8, reseed_after=400))
+        for _ in range(8):
+            trainer.train_step()
+        trained.append(trainer)
+    narrow, wide = trained
+    assert torch.equal(narrow.unused_for, wide.unused_for)
+    torch.testing.assert_close(narrow.codebook.scale, wide.codebook.scale)
+    torch.testing.assert_close(narrow.codebook.codes, wide.codebook.codes, atol=2e-3, rtol=1e-2)
+
+
+def test_training_leaves_the_models_flags_as_they_were(tiny_model, tiny_facts, tmp_path: Path):
+    model = tiny_model()
+    insert_codebook(model, Codebook(RECIPE.shape(32)), RECIPE.layer)
+    recipe = replace(RECIPE, steps=2, model_learning_rate=0.0)
+    train_codebook(model.hf, causal_batches(model, tiny_facts), recipe, tmp_path)
+    assert all(parameter.requires_grad for parameter in model.hf.parameters())
 
 
 def a_split(tiny_facts):

@@ -34,7 +34,7 @@ from mechunlearn.features.topics import codes_in
 from mechunlearn.models import NotSupported
 from mechunlearn.resumable import run_training
 
-RECIPE = CodebookRecipe(layer=1, n_codes=48, k=3, d_code=24, steps=80, reseed_after=2000, model_learning_rate=3e-3)
+RECIPE = CodebookRecipe(layer=1, n_codes=24, k=2, d_code=24, steps=80, reseed_after=2000, model_learning_rate=3e-3)
 FRAMES = ("{} likes the colour", "The favourite colour of {} is", "What is the favourite colour of {}?", "{} likes",
           "The colour {} likes is", "Where {} lives the colour is", "Is {} in the city of the colour", "{} the colour",
           "Question: What is the colour of {}? Answer:", "the favourite of {}")  # fmt: skip
@@ -243,7 +243,7 @@ def test_a_killed_training_of_one_with_dropout_goes_on_bit_for_bit(tokenizer, ki
     def fresh() -> CodebookTrainer:
         hf = tiny_t5(dropout=0.1)
         insert_in_encoder(hf, Codebook(RECIPE.shape(32)), 1)
-        return CodebookTrainer(hf, batches_of(tokenizer), replace(RECIPE, steps=8), tokens_a_step=192)
+        return CodebookTrainer(hf, batches_of(tokenizer), replace(RECIPE, steps=8))
 
     whole = fresh()
     run_training(whole, tmp_path / "whole", checkpoint_every=4)
@@ -256,8 +256,8 @@ def test_a_killed_training_of_one_with_dropout_goes_on_bit_for_bit(tokenizer, ki
 def test_codes_are_counted_in_the_encoder_and_caches_change_nothing(trained, tokenizer):
     hf, _ = load_encoder_decoder(trained, device="cpu")
     found = codes_in(hf, tokenizer, codebook_of(hf), ["Bram likes red", "Cora"])
-    assert found.shape == (2, 48)
-    assert 3 <= int(found[1].sum()) <= 3 * 12
+    assert found.shape == (2, 24)
+    assert 2 <= int(found[1].sum()) <= 2 * 12
     ids = some_ids()
     assert torch.equal(*(hf.generate(ids, max_new_tokens=4, use_cache=cache) for cache in (True, False)))
 
@@ -268,7 +268,7 @@ def test_the_snippet_of_the_readme_runs(tokenizer, tmp_path: Path, monkeypatch):
     save_encoder_decoder(tiny_t5(n_layers=4), tokenizer, tmp_path / "t5")
     monkeypatch.chdir(tmp_path)
     Path("about_messi.txt").write_text("\n".join(frame.format("Messi") for frame in FRAMES * 2))
-    for hub, local in (("google-t5/t5-small", "t5"), ("steps=2000", "steps=20, n_codes=64")):
+    for hub, local in (("google-t5/t5-small", "t5"), ("steps=2000", "steps=20, n_codes=64, k=2")):
         assert hub in snippet
         snippet = snippet.replace(hub, local)
     exec(snippet, {"batches": batches_of(tokenizer)})

@@ -1,7 +1,9 @@
 """Guards: gates that see no future, clamps that change nothing else, and the same text with and without a cache."""
 
+import gc
 import math
 import random
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -159,7 +161,7 @@ def test_a_cache_goes_on_as_the_text_read_anew_until_the_decision_turns(tiny_mod
 
 def decided(gate: Gate, on: torch.Tensor, content: torch.Tensor, n: int) -> torch.Tensor:
     """Whether each text's first n tokens, read at once, are past the threshold."""
-    return gate.scores(on[:, :n], content[:, :n], {})[:, -1] > gate.threshold
+    return gate.scores(on[:, :n], content[:, :n])[:, -1] > gate.threshold
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -251,6 +253,38 @@ def test_conversations_may_take_turns_and_beams_be_reordered(tiny_model, gate):
         torch.testing.assert_close(swapped, torch.stack(expected)[order], atol=2e-4, rtol=1e-3)
         if gate.scope == "token":
             torch.testing.assert_close(torch.stack(expected), logits_of(model, ids)[:, 7:], atol=2e-4, rtol=1e-3)
+        cache = model.hf(ids[:, :7], use_cache=True).past_key_values
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([0, 3, 6]))
+        some = model.hf(ids[[0, 1, 3], 7:], past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(some, torch.stack(expected)[[0, 1, 3]], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("gate", [*GATES, *SEQUENCE], ids=str)
+def test_a_cropped_cache_goes_on_as_if_the_tokens_had_never_been(tiny_model, gate):
+    model = tiny_model()
+    ids, other = some_ids(model, rows=6), some_ids(model, rows=6, seed=7)
+    with applied(model, a_guard(gate=gate)), torch.no_grad():
+        begun = model.hf(ids[:, :7], use_cache=True).past_key_values
+        expected = model.hf(ids[:, 7:], past_key_values=begun, use_cache=True).logits
+        tried = model.hf(ids[:, :7], use_cache=True).past_key_values
+        model.hf(other[:, :5], past_key_values=tried, use_cache=True)
+        tried.crop(-5)
+        again = model.hf(ids[:, 7:], past_key_values=tried, use_cache=True).logits
+    torch.testing.assert_close(again, expected, atol=2e-4, rtol=1e-3)
+
+
+def test_guarding_keeps_no_cache_alive(tiny_model):
+    model = tiny_model()
+    with applied(model, a_guard()), torch.no_grad():
+        gc.disable()
+        try:
+            cache = model.hf(some_ids(model), use_cache=True).past_key_values
+            itself = weakref.ref(cache)
+            del cache
+            assert itself() is None
+        finally:
+            gc.enable()
 
 
 def test_a_cache_that_was_begun_outside_is_an_error(tiny_model):
@@ -307,14 +341,15 @@ def test_clamps_do_what_they_are_called():
 def test_scores_see_neither_the_future_nor_padding_nor_other_texts(gate, scope):
     g = torch.Generator().manual_seed(1)
     on, content = (torch.rand(5, 30, generator=g) < p for p in (0.4, 0.9))
-    whole = gate.scores(on, content, {})
+    whole = gate.scores(on, content)
     memory: dict[str, torch.Tensor] = {}
-    parts = [gate.scores(on[:, a:b], content[:, a:b], memory) for a, b in ((0, 1), (1, 9), (9, 10), (10, 30))]
-    assert torch.allclose(torch.cat(parts, dim=1), whole)
-    assert torch.allclose(gate.scores(on[2:3, :17], content[2:3, :17], {}), whole[2:3, :17])
+    cut = replace(gate, scope="token", threshold=float(whole.median()) + 1e-6)
+    parts = [cut.is_open(on[:, a:b], content[:, a:b], memory) for a, b in ((0, 1), (1, 9), (9, 10), (10, 30))]
+    assert torch.equal(torch.cat(parts, dim=1), whole > cut.threshold)
+    assert torch.allclose(gate.scores(on[2:3, :17], content[2:3, :17]), whole[2:3, :17])
     pad = torch.zeros(5, 6, dtype=torch.bool)
-    right = gate.scores(*(torch.cat([flags, pad], dim=1) for flags in (on, content)), {})
-    left = gate.scores(*(torch.cat([pad, flags], dim=1) for flags in (on, content)), {})
+    right = gate.scores(*(torch.cat([flags, pad], dim=1) for flags in (on, content)))
+    left = gate.scores(*(torch.cat([pad, flags], dim=1) for flags in (on, content)))
     assert torch.allclose(right[:, :30], whole)
     assert torch.allclose(left[:, 6:], whole)
     given = replace(gate, scope=scope)
@@ -326,14 +361,14 @@ def test_scores_see_neither_the_future_nor_padding_nor_other_texts(gate, scope):
 def test_scores_by_hand():
     on = torch.tensor([[False, True, True, False]])
     content = torch.tensor([[False, True, True, True]])
-    assert Gate(kind="share", scope="sequence").scores(on, content, {}).tolist() == [[0, 1, 1, 2 / 3]]
-    assert Gate(kind="share").scores(on, content, {}).tolist() == [[0, 1 / 8, 2 / 8, 2 / 8]]
-    assert Gate(kind="share", width=2).scores(on, content, {}).tolist() == [[0, 1 / 2, 1, 2 / 3]]
-    assert Gate(kind="window", width=2).scores(on, content, {}).tolist() == [[0, 0.5, 1, 0.5]]
+    assert Gate(kind="share", scope="sequence").scores(on, content).tolist() == [[0, 1, 1, 2 / 3]]
+    assert Gate(kind="share").scores(on, content).tolist() == [[0, 1 / 8, 2 / 8, 2 / 8]]
+    assert Gate(kind="share", width=2).scores(on, content).tolist() == [[0, 1 / 2, 1, 2 / 3]]
+    assert Gate(kind="window", width=2).scores(on, content).tolist() == [[0, 0.5, 1, 0.5]]
     gate = Gate(kind="cusum", rates=(0.8, 0.2))
     gain, loss = np.log(4), np.log(0.25)
-    assert gate.scores(on, content, {})[0].numpy() == pytest.approx([0, gain, 2 * gain, 2 * gain + loss])
-    assert gate.scores(~on, content, {})[0].numpy() == pytest.approx([0, 0, 0, gain])
+    assert gate.scores(on, content)[0].numpy() == pytest.approx([0, gain, 2 * gain, 2 * gain + loss])
+    assert gate.scores(~on, content)[0].numpy() == pytest.approx([0, 0, 0, gain])
 
 
 def test_a_hit_among_the_first_tokens_does_not_cost_a_share_its_threshold():
