@@ -208,7 +208,10 @@ def export(
     model: ModelOption = "atlas",
     device: Annotated[str, typer.Option("--device")] = "auto",
 ) -> None:
-    """Write the changed model as a model folder: the weights edited, or a deletion's codes erased for good."""
+    """Write the changed model as a model folder: the weights edited, or a deletion's codes erased from its codebook.
+
+    Who takes the codebook out of that model has the model around it, which no deletion touches.
+    """
     from mechunlearn import stages
 
     stages.export(model, folder, out, device=device)
@@ -232,7 +235,10 @@ def undo(
 def attack(
     out: OutOption,
     model: ModelOption = "atlas",
-    facts: FactsOption = "people-256",
+    facts: Annotated[
+        str | None,
+        typer.Option("--facts", help="As of `edit`; default: what the --edit forgot, without one people-256."),
+    ] = None,
     forgotten: ForgottenOption = None,
     method: Annotated[
         str | None, typer.Option("--method", help="One attack; default: relearning, with --original all of them.")
@@ -253,13 +259,14 @@ def attack(
     """
     from mechunlearn import stages
 
+    asked = None if facts is None and edited is not None else stages.chosen(facts or "people-256", forgotten)
     if original is not None:
         if edited is not None:
             raise ValueError("attack: got --edit and --original; --model is the edited checkpoint, so leave --edit out")
         settings = stages.checkpoint_settings(
             model,
             original,
-            stages.chosen(facts, forgotten),
+            asked or {},
             method,
             pairs_of(set_),
             twin=twin,
@@ -274,10 +281,11 @@ def attack(
         return
     chosen = method or "relearning"
     table = stages.attack(
-        model, stages.chosen(facts, forgotten), chosen, pairs_of(set_), edit_folder=edited, twin=twin, device=device,
+        model, asked, chosen, pairs_of(set_), edit_folder=edited, twin=twin, device=device,
         out=out,
     )  # fmt: skip
-    print_frame(table, title=f"{chosen}: hidden facts")
+    inside = ", inside the edit" if edited is not None else ""
+    print_frame(table, title=f"{chosen}{inside}: hidden facts (wrong answers that an edit taught are no candidates)")
     console.print(f"rows: {escape(str(out))}")
 
 

@@ -85,6 +85,7 @@ class Codebook(nn.Module):
         """Where it stands, once it is in a model."""
         self.passed: Passed | None = None
         """Of the last forward pass."""
+        self.is_out = False
 
     @torch.no_grad()
     def _start_as_the_identity(self) -> None:
@@ -114,6 +115,8 @@ class Codebook(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The activation after the bottleneck; gradients go on to codes, decoder and (straight through) encoder."""
+        if self.is_out:
+            return x
         given = x.to(self.codes.dtype) / self.scale
         z = self.encode(given)
         chosen = self.closest(z.detach(), self.shape.k)
@@ -145,6 +148,15 @@ class Codebook(nn.Module):
             yield
         finally:
             self.deleted.copy_(before)
+
+    @contextmanager
+    def taken_out(self) -> Iterator[None]:
+        """Inside, everything passes: the model around the codebook alone, as who has its weights can make it."""
+        self.is_out = True
+        try:
+            yield
+        finally:
+            self.is_out = False
 
     def marks(self, codes: Sequence[int]) -> tuple[str, ...]:
         """By which each code is known again: a hash of its vector's signs, which rounding to another type leaves."""

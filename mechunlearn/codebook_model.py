@@ -89,7 +89,7 @@ def _behind(module: nn.Module, codebook: Codebook) -> None:
 
 def _own(hf: PreTrainedModel, codebook: Codebook, width: int, layer: int) -> None:
     if codebook_in(hf) is not None:
-        raise ValueError(f"codebook: {type(hf).__name__} has one already; load the model anew")
+        raise ValueError("codebook: the model has one already; start from one without, or load it anew")
     if codebook.shape.d_model != width:
         raise ValueError(f"codebook: made for a width of {codebook.shape.d_model}, the model has {width}")
     codebook.layer = layer

@@ -81,7 +81,7 @@ def codebook(
     Raises:
         ValueError: an unknown option or layer, a model that has a codebook, or too little text.
     """
-    out = replaceable(out)
+    out = replaceable(out, read=[name])
     if "layer" in options:
         raise ValueError(f"codebook: got --set layer={options['layer']}; give it by --layer")
     checked = Method(name="codebook", kind="stage", function=CodebookRecipe, source="")
@@ -137,7 +137,10 @@ def _rows_of(model: Model, path: Path) -> tuple[TokenRows, TokenRows]:
     """Rows of nineteen of twenty passages of a file, and of the others, which are not trained on."""
     if not path.is_file():
         raise FileNotFoundError(f"--text: no file {path}; give a text file with a passage a line")
-    passages = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        passages = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"--text: {path} is not UTF-8; save the file as UTF-8") from None
     kept, unseen = [line for i, line in enumerate(passages) if i % 20], passages[::20]
     try:
         measured_on = rows_of_texts(model, unseen, rows=ROWS, length=LENGTH)

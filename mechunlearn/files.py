@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,9 +30,18 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 _MARK = ".made-by-mechunlearn"  # what lies beside it may be replaced
 
 
-def replaceable(folder: Path) -> Path:
-    """The folder's full path, if nothing that was not made here would be lost by replacing it; see `whole_folder`."""
+def replaceable(folder: Path, *, read: Sequence[str | Path | None] = ()) -> Path:
+    """The folder's full path, if nothing that was not made here would be lost by replacing it; see `whole_folder`.
+
+    Args:
+        read: what is read for it, and must not be replaced.
+
+    Raises:
+        FileExistsError: the folder holds what was not made here, or is one of those that are read.
+    """
     folder = folder.resolve()
+    if folder.exists() and any(name is not None and Path(name).resolve() == folder for name in read):
+        raise FileExistsError(f"{folder} is read here and would be lost; give another folder to write")
     is_free = not folder.exists() or (folder.is_dir() and (not any(folder.iterdir()) or (folder / _MARK).exists()))
     if not is_free or folder == Path.cwd():
         raise FileExistsError(f"{folder} exists and was not made by mechunlearn; choose another folder, or remove it")

@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -216,7 +217,7 @@ def guard(
     Raises:
         NothingFound: no feature or code belongs to the facts.
     """
-    replaceable(out)
+    replaceable(out, read=[model])
     stage = _stage(model, facts, device=device, guard={method: dict(options)})
     measure = partial(evaluate, stage.model, stage.split, original=take_baseline(stage.model, stage.split))
     made = GUARDS.get(method).function(stage.model, stage.split, **stage.settings.options("guard", method))
@@ -232,6 +233,8 @@ def guard(
 
 def export(model: str, folder: Path, out: Path, *, device: str) -> None:
     """Write the model as a folder's edits change it, or without the codes of its deletion: they are erased for good.
+
+    The codes alone: who takes the codebook out has the model around it, which no deletion touches.
 
     Raises:
         ValueError: a guard, which is no part of a model folder; edits of another model, codes of another codebook.
@@ -313,7 +316,7 @@ def checkpoint_settings(
 
 def attack(
     model: str,
-    facts: Mapping[str, str],
+    facts: Mapping[str, str] | None,
     method: str,
     options: Mapping[str, Any],
     *,
@@ -325,31 +328,48 @@ def attack(
     """Attack a model, inside an edit, a stack of them, a guard or a deletion if given; writes the attack's record.
 
     As in a run, an edit's wrong answers are dropped from the candidates unless the options say otherwise. Attacked for
-    the facts that a forget set or a file names; without either, for all that the edits in the folder forgot.
+    the facts that a forget set or a file names; without either, for all that the edits in the folder forgot. Without
+    facts the folder's splits.json says all of them.
 
     Raises:
-        ValueError: an edit, and nothing that says what it forgot.
+        FileNotFoundError: no such folder of an edit.
+        ValueError: an edit, and nothing that says what it forgot; or no facts and no edit.
     """
-    replaceable(out)
+    replaceable(out, read=[model, edit_folder])
+    if edit_folder is not None and not edit_folder.exists():
+        raise FileNotFoundError(f"--edit: no folder {edit_folder}; give one that `edit` or `guard` wrote")
     if twin is not None:
         raise ValueError("attack: got --twin without --original; a twin is for the verdict on a checkpoint")
-    says = bool(facts.get("forget") or facts.get("forgotten"))
+    says = bool(facts and (facts.get("forget") or facts.get("forgotten")))
     kept = edit_folder is not None and (edit_folder / "splits.json").is_file()
     if edit_folder is not None and not (says or kept):
+        named = f"--facts {facts['source']}" if facts else "no --facts"
         raise ValueError(
-            f"attack: neither {edit_folder} (no splits.json) nor --facts {facts['source']} says what was forgotten; "
-            "give the facts that were (--forgotten)"
+            f"attack: neither {edit_folder} (no splits.json) nor {named} says what was forgotten; give the facts that "
+            "were (--forgotten)"
         )
-    stage = _stage(model, facts, device=device, attack={method: {"drop_targets": edit_folder is not None, **options}})
-    split = stage.split
+    given = {"drop_targets": edit_folder is not None, **options}
+    earlier = _splits_beside(edit_folder) if edit_folder is not None and kept else ()
+    if facts:
+        stage = _stage(model, facts, device=device, attack={method: given})
+        loaded, split, checked = stage.model, stage.split, stage.settings.options("attack", method)
+        if earlier:  # what another edit of the stack forgot is nothing to retain
+            split = split_after(split, earlier) if says else together(earlier)
+    elif earlier:
+        checked = ATTACKS.get(method).validate(given)
+        loaded, split = load_model(model, device=device), together(earlier)
+    else:
+        raise ValueError("attack: got neither facts nor an edit that says which it forgot; give --facts")
     with ExitStack() as inside:
         if edit_folder is not None:
-            guard = load_from(edit_folder)
-            inside.enter_context(applied(stage.model, guard) if guard else load_stack(edit_folder).applied(stage.model))
-        if edit_folder is not None and kept:  # what another edit of the stack forgot is nothing to retain
-            earlier = _splits_beside(edit_folder)
-            split = split_after(split, earlier) if says else together(earlier)
-        result = ATTACKS.get(method).function(stage.model, split, **stage.settings.options("attack", method))
+            made = load_from(edit_folder)
+            if isinstance(made, Guard) and made.base_sha256 != loaded.sha256:
+                warnings.warn(
+                    f"the guard in {edit_folder} was made on '{made.base_name}', and {model} has other weights",
+                    stacklevel=2,
+                )
+            inside.enter_context(applied(loaded, made) if made else load_stack(edit_folder).applied(loaded))
+        result = ATTACKS.get(method).function(loaded, split, **checked)
     with whole_folder(out) as folder:
         result.save(folder / method)
     before, after = result.hidden_before(), result.hidden_scores()

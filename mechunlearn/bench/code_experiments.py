@@ -45,10 +45,13 @@ def insertion(ground: Ground) -> Found:
 def deletion(ground: Ground) -> Found:
     """x: rounds of counting and deleting, each with what the round before deleted gone; 0 is nothing deleted.
 
-    "random": as many others that are on as often in text to retain. new codes: those that have stepped in for the
+    "random": as many others that are on as often in text to retain. "codebook taken out": the model around it alone,
+    which who has the weights has. new codes: those that have stepped in for the
     deleted ones and belong to the topic as clearly, counted with them deleted.
     """
     yield "deleted", 0.0, ground.measured(None) | {"codes": 0.0}
+    with codebook_of(ground.model).taken_out():
+        yield "codebook taken out", 0.0, ground.measured(None)
     for rounds in (1, 2, 3, 5):
         for arm, at_random in (("deleted", False), ("random", True)):
             if (made := _deleted(ground, rounds=rounds, at_random=at_random)) is None:

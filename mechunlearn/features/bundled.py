@@ -3,6 +3,7 @@
 from importlib.resources import files
 from pathlib import Path
 
+from mechunlearn.codebook_model import codebook_in
 from mechunlearn.features.dictionary import Dictionary
 from mechunlearn.features.formats import load_dictionary
 from mechunlearn.models import Model
@@ -30,4 +31,6 @@ def dictionary_of(model: Model, name: str, hook_point: str | None = None) -> Dic
     if Path(name).exists():
         return load_dictionary(name, hook_point=hook_point)
     known = ", ".join(bundled) or "none"
+    if codebook_in(model.hf) is not None:
+        known += "; its codebook is for --method code_deletion"
     raise FileNotFoundError(f"no dictionary {name!r}: give its folder, or one that comes with {model.name}: {known}")

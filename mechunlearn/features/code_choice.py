@@ -63,7 +63,7 @@ def choose_codes(
     if not codes:
         raise NothingFound(
             f"codes: of {enrichments[0].n_tested} none is on {2**least_log_ratio:g} times as often in the topic's "
-            "sentences at this false discovery rate; lower least_log_ratio, or count by n_closest"
+            "sentences at this false discovery rate; give more sentences, lower least_log_ratio, or count by n_closest"
         )
     return CodeDeletion.of(hf, codes, method="choose_codes", options=options, notes=_notes(enrichments))
 

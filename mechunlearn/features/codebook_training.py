@@ -45,6 +45,10 @@ class CodebookRecipe:
     """Tokens without it after which a code is dead and starts anew at a vector of the current batch."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if min(self.steps, self.reseed_after) < 1:
+            raise ValueError(f"codebook: got steps {self.steps}, reseed_after {self.reseed_after}, allowed: 1 or more")
+
     def shape(self, d_model: int) -> CodebookShape:
         """Of the codebook, in a model of that width."""
         d_code = self.d_code or (d_model if self.form == "plain" else 2 * d_model)
@@ -155,6 +159,11 @@ class CodebookTrainer(Tuner):
         """
         if (codebook := codebook_in(hf)) is None:
             raise ValueError("codebook: the model to train has none; insert one first")
+        if (codebook.layer, codebook.shape) != (recipe.layer, recipe.shape(codebook.shape.d_model)):
+            raise ValueError(
+                f"codebook: the recipe is of layer {recipe.layer} and {recipe.shape(codebook.shape.d_model)}, the "
+                f"model's is in layer {codebook.layer} and {codebook.shape}; insert Codebook(recipe.shape(d_model))"
+            )
         self.codebook = codebook
         super().__init__(hf, batches, recipe, text=text, base=base)
         self.unused_for = torch.full((recipe.n_codes,), recipe.reseed_after + 1, device=hf.device)  # all start anew

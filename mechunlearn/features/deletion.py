@@ -58,8 +58,8 @@ class CodeDeletion:
 
     @property
     def comes_off(self) -> bool:
-        """No, if the model is given away with `erase_codes`."""
-        return False
+        """Yes: who has the weights takes the codebook out, and the model around it was not touched."""
+        return True
 
     @contextmanager
     def entered(self, model: Model | PreTrainedModel) -> Iterator[None]:
@@ -98,6 +98,8 @@ def _check_fit(deletion: CodeDeletion, codebook: Codebook) -> None:
 @torch.no_grad()
 def erase_codes(model: Model | PreTrainedModel, deletion: CodeDeletion) -> None:
     """Delete the codes for good: their vectors become 0, so that a saved model does not hold them any more.
+
+    The model around the codebook is not touched: without the codebook it may answer as ever (`bench codes`).
 
     Raises:
         ValueError: as `CodeDeletion.entered`.

@@ -48,7 +48,7 @@ def load_dictionary(path: str | Path, *, hook_point: str | None = None, model_na
         raise ValueError(f"{path} is of {own}, got hook point {hook_point}; leave it out")
     hook = own or hook_point
     if not hook:
-        raise ValueError(f"{path} does not say which activation it is of; give a hook point (blocks.3.hook_resid_post)")
+        raise ValueError(f"{path} does not say which activation it is of; give hook_point (blocks.3.hook_resid_post)")
     try:
         return Dictionary(hook_point=hook, model_name=model, **found)
     except (ValueError, TypeError) as error:

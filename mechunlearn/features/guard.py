@@ -20,6 +20,8 @@ from mechunlearn.html_card import html_card
 from mechunlearn.models import Model, wrap_model
 from mechunlearn.saved_records import load_record, reading, save_record
 
+NAME = "guard.safetensors"
+"""Of a guard's file in a folder that the command line wrote."""
 FORMAT = "mechunlearn guard 2"  # shares, and strengths under scaling, meant something else in the first
 
 
@@ -108,9 +110,17 @@ def narrowed(dictionary: Dictionary, features: Sequence[int]) -> Dictionary:
 
 
 def attach(guard: Guard, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[], None]:
-    """Put a guard on a plain transformers model, as when serving it; call what comes back to take it off."""
+    """Put a guard on a plain transformers model, as when serving it; call what comes back to take it off.
+
+    It stays on as long as the model lives, whether that is kept or not.
+    """
     handles = ExitStack()
     handles.enter_context(guard.entered(wrap_model(hf, tokenizer)))
+
+    def keep(_module: Any, _inputs: Any, _kept: ExitStack = handles) -> None:
+        """Without it nothing would hold the guard once `attach` has returned."""
+
+    handles.callback(hf.register_forward_pre_hook(keep).remove)
     return handles.close
 
 
@@ -124,12 +134,15 @@ def save_guard(guard: Guard, path: str | Path) -> None:
 
 
 def load_guard(path: str | Path) -> Guard:
-    """Read what `save_guard` wrote. Whether it fits a model is checked when it is applied.
+    """Read what `save_guard` wrote, or the guard in a folder of the command line's.
+
+    Whether it fits a model is checked when it is applied.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is not a saved guard.
     """
+    path = Path(path) / NAME if Path(path).is_dir() else path
     with reading(path, "guard"):
         record, weights = load_record(path, form=FORMAT)
         gate, clamp, dictionary = (record.pop(name) for name in ("gate", "clamp", "dictionary"))

@@ -4,15 +4,15 @@ from pathlib import Path
 
 from mechunlearn.edit.edits import Edit
 from mechunlearn.features.deletion import CodeDeletion, load_deletion, save_deletion
-from mechunlearn.features.guard import Guard, load_guard, save_guard
+from mechunlearn.features.guard import NAME, Guard, load_guard, save_guard
 
-GUARD, DELETION = "guard.safetensors", "deletion.json"
+DELETION = "deletion.json"
 
 
 def save_in(folder: Path, made: Guard | CodeDeletion) -> None:
     """Write a guard or a deletion into a folder."""
     if isinstance(made, Guard):
-        save_guard(made, folder / GUARD)
+        save_guard(made, folder / NAME)
     else:
         save_deletion(made, folder / DELETION)
 
@@ -23,6 +23,6 @@ def load_from(folder: Path) -> Edit | None:
     Raises:
         ValueError: a file of that name that is something else.
     """
-    if (folder / GUARD).is_file():
-        return load_guard(folder / GUARD)
+    if (folder / NAME).is_file():
+        return load_guard(folder / NAME)
     return load_deletion(folder / DELETION) if (folder / DELETION).is_file() else None

@@ -39,8 +39,8 @@ def substituted(sentences: Sequence[str], words: Mapping[str, Sequence[str]], *,
     Raises:
         ValueError: a sentence without any of the words, or a word without substitutes.
     """
-    if empty := [word for word, others in words.items() if not others]:
-        raise ValueError(f"topic: {empty[0]!r} has no substitutes; give some")
+    if bad := [word for word, others in words.items() if not others or isinstance(others, str)]:
+        raise ValueError(f"topic: the substitutes of {bad[0]!r} are {words[bad[0]]!r}; give a list of one or more")
     pattern = re.compile("|".join(rf"(?<!\w){re.escape(word)}(?!\w)" for word in sorted(words, key=len, reverse=True)))
     made: list[str] = []
     for number, sentence in enumerate(sentences):

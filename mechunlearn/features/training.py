@@ -45,6 +45,8 @@ class DictionaryRecipe:
     def __post_init__(self) -> None:
         if self.kind not in OBJECTIVES:
             raise ValueError(f"dictionary: unknown kind {self.kind!r}.{did_you_mean(self.kind, tuple(OBJECTIVES))}")
+        if self.steps < 1:
+            raise ValueError(f"dictionary: got {self.steps} steps, allowed: 1 or more")
         if not 1 <= self.k <= self.d_sae:
             raise ValueError(f"dictionary: got k = {self.k}, allowed: 1 to {self.d_sae}, its features")
 

@@ -15,6 +15,7 @@ from mechunlearn.cli import app
 from mechunlearn.experiment import plan_experiment, run_experiment
 from mechunlearn.features.dictionary import Dictionary
 from mechunlearn.features.formats import save_dictionary
+from mechunlearn.features.guard import load_guard
 from mechunlearn.report.html import write_report
 from mechunlearn.report.methods import methods_figure, methods_table
 from mechunlearn.report.numbers import fact_means, strongest
@@ -149,10 +150,22 @@ def test_a_guard_is_made_kept_and_attacked_on_the_command_line(dictionary, tmp_p
     inside = pd.read_csv(Path(made) / "evaluation.csv").set_index(["part", "form", "metric"])["mean"]
     assert inside["forget_hidden", "prompt", "p_true"] < 0.5
     attack = ["attack", "--facts", "sport-hockey", "--method", "asking", "--edit", made, "--out", attacked]
-    found = CliRunner().invoke(app, attack)
-    assert found.exit_code == 0, found.output
-    result = AttackResult.load(Path(attacked) / "asking")
-    assert sum(result.hidden_before().values()) < 0.6 * len(result.hidden_before())
+    results = []
+    for command in (attack, [word for word in attack if word not in ("--facts", "sport-hockey")]):
+        found = CliRunner().invoke(app, command)  # without facts: those that the guard is of
+        assert found.exit_code == 0, found.output
+        results.append(AttackResult.load(Path(attacked) / "asking"))
+    assert results[0].hidden_before() == results[1].hidden_before()
+    assert sum(results[0].hidden_before().values()) < 0.6 * len(results[0].hidden_before())
+    with pytest.warns(UserWarning, match="was made on 'atlas', and atlas-codebook has other weights"):
+        CliRunner().invoke(app, [*attack[:-1], str(tmp_path / "other"), "--model", "atlas-codebook"])
+    for wrong, said in (
+        (["--edit", str(tmp_path / "nothing")], "no folder"),
+        (["--edit", made, "--out", made], "would be lost"),
+    ):
+        found = CliRunner().invoke(app, ["attack", "--method", "asking", "--out", attacked, *wrong])
+        assert said in str(found.exception)
+    assert load_guard(made).method == "dynamic_guardrail"
 
 
 def test_guards_are_judged_like_edits(dictionary, tmp_path):

@@ -64,6 +64,7 @@ def test_a_control_deletes_as_many_codes(ground):
     found = {(arm, x): values for arm, x, values in deletion(ground)}
     assert found["deleted", 0]["codes"] == 0
     assert found["deleted", 0]["forget"] == ground.measured(None)["forget"]
+    assert found["codebook taken out", 0]["forget"] == ground.on(WITHOUT).measured(None)["forget"] > 0.9
     assert 0 < found["deleted", 1]["codes"] == found["random", 1]["codes"]
     assert found["deleted", 1]["codes"] <= found["deleted", 3]["codes"]
     assert found["deleted", 1]["new codes"] < found["random", 1]["new codes"]  # there the topic's are left

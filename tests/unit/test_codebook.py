@@ -230,6 +230,28 @@ def test_padding_is_nothing_to_learn_from(tiny_model, tiny_facts):
     torch.testing.assert_close(narrow.codebook.codes, wide.codebook.codes, atol=2e-3, rtol=1e-2)
 
 
+def test_a_recipe_of_another_codebook_or_of_no_steps_is_refused(tiny_model, tiny_facts, tmp_path: Path):
+    model = tiny_model()
+    insert_codebook(model, Codebook(RECIPE.shape(32)), RECIPE.layer)
+    for other in (replace(RECIPE, layer=2), replace(RECIPE, n_codes=RECIPE.n_codes + 1)):
+        with pytest.raises(ValueError, match="the recipe is of layer"):
+            train_codebook(model.hf, causal_batches(model, tiny_facts), other, tmp_path)
+    with pytest.raises(ValueError, match="got steps 0"):
+        replace(RECIPE, steps=0)
+    with pytest.raises(ValueError, match="give a list"):
+        substituted(["a Messi"], {"Messi": "Nadal"})
+
+
+def test_a_codebook_that_is_taken_out_lets_everything_pass(tiny_model):
+    model = tiny_model()
+    plain = logits_of(model.hf, some_ids())
+    coded = with_codebook(model)
+    assert not torch.equal(logits_of(coded.hf, some_ids()), plain)
+    with codebook_of(coded).taken_out():
+        assert torch.equal(logits_of(coded.hf, some_ids()), plain)
+    assert not torch.equal(logits_of(coded.hf, some_ids()), plain)
+
+
 def test_training_leaves_the_models_flags_as_they_were(tiny_model, tiny_facts, tmp_path: Path):
     model = tiny_model()
     insert_codebook(model, Codebook(RECIPE.shape(32)), RECIPE.layer)
@@ -320,7 +342,7 @@ def test_sentences_are_substituted_by_whole_words():
     assert many == substituted(["hockey"] * 50, {"hockey": ["golf", "polo"]})
     with pytest.raises(ValueError, match="sentence 2 has none"):
         substituted(["Ann", "no one"], {"Ann": ["Bea"]})
-    with pytest.raises(ValueError, match="no substitutes"):
+    with pytest.raises(ValueError, match="give a list"):
         substituted(["Ann"], {"Ann": []})
 
 

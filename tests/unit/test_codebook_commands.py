@@ -132,8 +132,9 @@ def test_a_training_of_the_command_goes_on_where_it_was_killed(ground, monkeypat
         ({"--set": "k=49"}, "allowed: 1 to 48"),
         ({"--set": "layer=1"}, "give it by --layer"),
         ({"--text": "nothing.txt"}, "no file nothing.txt"),
+        ({"--text": "latin.txt"}, "is not UTF-8"),
         ({"--model": "with"}, "has one already"),
-        ({"--out": "model"}, "was not made by mechunlearn"),
+        ({"--out": "model"}, "would be lost"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line(ground, tiny_model, changed, said, monkeypatch):
@@ -141,6 +142,7 @@ def test_what_cannot_be_trained_is_one_line(ground, tiny_model, changed, said, m
     with_one = tiny_model()
     insert_codebook(with_one, Codebook(CODEBOOK_SHAPE), 1)
     save_model(with_one, ground / "with")
+    (ground / "latin.txt").write_bytes("Zürich\n".encode("latin-1"))
     asked = {"--model": "model", "--layer": 1, "--text": "mine.txt", "--out": "out"} | changed
     pairs = [part for pair in asked.items() if pair[0] != "--set" for part in pair]
     result = run("features", "codebook", *QUICK, *(["--set", asked["--set"]] if "--set" in asked else []), *pairs)

@@ -438,6 +438,7 @@ def test_a_guard_comes_back_from_disk_as_it_was(tiny_model, tmp_path: Path, gate
     model = tiny_model()
     guard = a_guard(a_dictionary(kind=kind), gate=gate, notes={"a": 1.5}, options={"n": 4})
     save_guard(guard, tmp_path / "guard.safetensors")
+    assert load_guard(tmp_path).features == guard.features  # a folder as the command line writes
     again = load_guard(tmp_path / "guard.safetensors")
     unlike = ("dictionary",)
     assert {k: v for k, v in vars(again).items() if k not in unlike} == {
@@ -474,6 +475,19 @@ def test_a_guard_works_on_a_plain_transformers_model(tiny_model):
     assert torch.equal(logits_of(model, ids), expected)
     detach()
     assert torch.equal(logits_of(model, ids), plain)
+
+
+def test_a_guard_stays_on_though_nobody_keeps_what_takes_it_off(tiny_model):
+    model, ids = tiny_model(), some_ids(tiny_model())
+    with applied(model, a_guard()):
+        expected = logits_of(model, ids)
+    attach(a_guard(), model.hf, model.tokenizer)
+    gc.collect()
+    assert torch.equal(logits_of(model, ids), expected)
+    itself = weakref.ref(model.hf)
+    del model
+    gc.collect()
+    assert itself() is None, "and goes with the model"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -519,6 +533,7 @@ def test_a_folder_holds_a_guard_or_a_deletion_or_neither(tmp_path: Path):
     assert load_from(tmp_path / "deletion") == deletion
     loaded = load_from(tmp_path / "guard")
     assert isinstance(loaded, Guard)
+    assert load_guard(tmp_path / "guard").features == a_guard().features
     assert (loaded.features, loaded.gate, loaded.comes_off) == (a_guard().features, a_guard().gate, True)
     assert load_from(tmp_path) is None
 
