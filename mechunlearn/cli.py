@@ -319,11 +319,11 @@ def list_(
         str | None,
         typer.Argument(
             help="localizers, editors, guards, feature rules, attacks, suppressions, sources, presets, study presets, "
-            "study models, models or forget sets."
+            "study models, models or forget sets; or a method, for its options."
         ),
     ] = None,
 ) -> None:
-    """List methods, presets (of the study, too), bundled models and forget sets."""
+    """List methods, presets (of the study, too), bundled models and forget sets; or what a method can be --set to."""
     from mechunlearn import stages
 
     for title, frame in stages.listing(stage).items():

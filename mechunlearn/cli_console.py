@@ -30,7 +30,10 @@ ForgottenOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Option of the method or setting, as key=value (TOML value). Repeatable."),
+    typer.Option(
+        "--set",
+        help="Option of the method or setting, as key=value (TOML value); `list METHOD` says which. Repeatable.",
+    ),
 ]
 
 

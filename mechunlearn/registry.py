@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import re
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -67,6 +68,15 @@ class Method:
     def defaults(self) -> dict[str, Any]:
         """Every option that has a default, with it."""
         return {name: f.default for name, f in self.options.model_fields.items() if not f.is_required()}
+
+    def described(self) -> dict[str, str]:
+        """What the docstring's Args, or the option itself, say of every option; "" of one that nothing is said of."""
+        found: dict[str, str] = {}
+        _, _, arguments = (inspect.getdoc(self.function) or "").partition("\nArgs:\n")
+        for entry in re.split(r"\n(?=    \w)", "\n" + arguments.partition("\n\n")[0])[1:]:
+            names, _, said = entry.partition(":")
+            found |= dict.fromkeys(map(str.strip, names.split(",")), " ".join(said.split()))
+        return {name: found.get(name) or f.description or "" for name, f in self.options.model_fields.items()}
 
     def wanted(self, **offered: Any) -> dict[str, Any]:
         """Those of the offered arguments that the function takes: a localizer may want a twin, or facts to retain."""

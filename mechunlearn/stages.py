@@ -606,7 +606,11 @@ def bench_coverage(draws: int, out: Path) -> pd.DataFrame:
 
 
 def listing(stage: str | None) -> dict[str, pd.DataFrame]:
-    """Everything there is to choose from, by kind."""
+    """Everything there is to choose from, by kind; or the options of a method.
+
+    Raises:
+        ValueError: neither a kind nor a method.
+    """
     tables: dict[str, Callable[[], pd.DataFrame]] = {name: partial(_methods, r) for name, r in REGISTRIES.items()}
     tables["presets"] = lambda: pd.DataFrame({"name": preset_names()})
     tables["study presets"] = _studies
@@ -616,9 +620,19 @@ def listing(stage: str | None) -> dict[str, pd.DataFrame]:
         [(name, dataset, (choose.__doc__ or "").strip()) for name, (dataset, choose) in FORGET_SETS.items()],
         columns=pd.Index(["name", "data set", "what"]),
     )
+    methods = {name: registry.get(name) for registry in REGISTRIES.values() for name in registry.names()}
+    if stage in methods:
+        return {f"options of {stage}": _options(methods[stage])}
     if stage is not None and stage not in tables:
-        raise ValueError(f"list: got {stage!r}, allowed: {', '.join(tables)}")
+        raise ValueError(f"list: got {stage!r}, allowed: the name of a method, {', '.join(tables)}")
     return {name: make() for name, make in tables.items() if stage in (None, name)}
+
+
+def _options(method: Method) -> pd.DataFrame:
+    defaults = method.defaults()
+    rows = [(name, repr(defaults[name]) if name in defaults else "(required)", said)
+            for name, said in method.described().items()]  # fmt: skip
+    return pd.DataFrame(rows, columns=pd.Index(["option", "default", "what"]))
 
 
 def _studies() -> pd.DataFrame:

@@ -58,7 +58,7 @@ def dynamic_guardrail(
             strengths in residual norms its directions are folded to unit length, so that they mean the same in all of
             them; with `units` "features" it is used as it is.
         hook_point: of a dictionary whose file does not say (Gemma Scope's never does).
-        rule: how features are chosen; see `features.selection`.
+        rule: how features are chosen: dsg, retain_sparsity, count_difference, chi_squared (`features.selection`).
         rule_options: of the rule.
         topic: what is to be forgotten, in words: features are then chosen by their descriptions, with no look at which
             facts are to be forgotten (but for the gate cusum's rates); the rule is not used.
@@ -66,11 +66,16 @@ def dynamic_guardrail(
             top tokens and contexts in statements of all facts.
         n_features: features at most.
         at_random: a control: as many other features that are on as often in text to retain.
-        gate: none is a static clamp.
-        scope, width: of the gate; see `features.gate`.
+        gate: what a text is scored by: share, window, cusum (`features.gate`); none is a clamp that is always on.
+        scope: whether each token is decided by the score up to it ("token"), or all of a forward pass by the score at
+            its end ("sequence").
+        width: tokens of a window; of a share the least number that it is taken of.
         false_positive_rate: of texts to retain, on which the gate may open.
         calibration: how the threshold is taken; see `features.gate.calibrated`.
-        mode, strength, units: of the clamp; see `features.clamp`.
+        mode: what chosen features become where the gate is open: all of them -strength (all_on_hot), or only those
+            that are on: -strength (only_fired), 0 (zero), or their mean on text to retain (mean).
+        strength: of the clamp, in `units`.
+        units: mean norms of the activation ("residual"), or the dictionary's own ("features").
         data_share: share of the statements to forget and to retain that are used.
         seed: draws the shares, the split of the texts, and random features.
 

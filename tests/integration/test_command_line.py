@@ -148,6 +148,8 @@ def test_presets_and_models_of_the_study_are_listed(tmp_path):
     for name in (*study_presets(), *study_models()):
         assert f" {name} " in everything
     assert "google/gemma-2-9b" in _run(["list", "study models"], tmp_path).stdout
+    options = _run(["list", "dynamic_guardrail"], tmp_path).stdout
+    assert all(said in options for said in ("false_positive_rate", "0.05", "mean norms of the activation"))
     assert "counterfact-sequential-4x16 " in _run(["list", "study presets"], tmp_path).stdout
 
 

@@ -134,3 +134,29 @@ def test_the_light_modules_do_not_import_torch() -> None:
     imports = ", ".join(f"mechunlearn.{name}" for name in light)
     code = f"import sys, {imports}\nassert not {{'torch', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_the_docstring_says_of_an_option_is_read_to_its_end():
+    registry = Registry("localizer")
+
+    @registry.register("told", source="A paper")
+    def told(
+        model: Data, *, steps: int = 5, first: float = 1.0, second: float = 2.0,
+        silent: Annotated[int, Field(description="of the option itself")] = 0, nothing: int = 1,
+    ) -> None:  # fmt: skip
+        """Do it.
+
+        Args:
+            model: no option.
+            steps: how many: one after
+                another.
+            first, second: of a pair.
+
+        Raises:
+            nothing: at all.
+        """
+
+    assert registry.get("told").described() == {
+        "steps": "how many: one after another.", "first": "of a pair.", "second": "of a pair.",
+        "silent": "of the option itself", "nothing": "",
+    }  # fmt: skip
