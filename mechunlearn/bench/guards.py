@@ -73,9 +73,14 @@ def known_of(bench: GuardBench) -> tuple[Model, frozenset[tuple[str, str, str]],
 
 @cache
 def ground_of(bench: GuardBench, seed: int) -> Ground:
-    """The deal of a seed, of the facts that the model knew."""
+    """The deal of a seed, of the facts that the model knew.
+
+    Raises:
+        ValueError: it knew none of those to forget.
+    """
     model, known, beside = known_of(bench)
-    forget = [fact for fact in bench.forget if fact.key in known]
+    if not (forget := [fact for fact in bench.forget if fact.key in known]):
+        raise ValueError(f"model '{bench.model}' knows none of the {len(bench.forget)} facts to forget; give others")
     split = split_facts(bench.facts.where(lambda fact: fact.key in known), forget, seed=seed)
     return Ground(
         model=model, split=split, dictionary=bench.dictionary, hook_point=bench.hook_point,

@@ -269,6 +269,14 @@ def test_the_command_measures_with_a_dictionary_whose_file_names_no_hook_point(s
     assert (saved / "out" / "tables" / "figure.html").is_file()
 
 
+def test_a_model_that_knows_nothing_to_forget_is_one_line(saved, tiny_model, monkeypatch):
+    monkeypatch.chdir(saved)
+    save_model(tiny_model(), saved / "blank")
+    refused = bench(saved, "--hook", "blocks.1.hook_resid_post", "--model", "blank")
+    assert "knows none of the" in str(refused.exception)
+    assert not (saved / "out").exists()
+
+
 def test_without_a_topic_the_choice_by_descriptions_is_left_out(saved, monkeypatch):
     monkeypatch.chdir(saved)
     monkeypatch.setattr("mechunlearn.guards_stage.names_of", lambda names: names or ("zero_shot", "feature_rule"))
