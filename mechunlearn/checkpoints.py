@@ -193,7 +193,9 @@ def write_checkpoint(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
             save_codebook(codebook, temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)  # mkdtemp's own mode would hide the checkpoint from everyone else
+        temporary.chmod(0o755)  # mkdtemp's own mode would hide it from everyone else, and safetensors hides weights
+        for file in temporary.iterdir():
+            file.chmod(0o644)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -284,8 +284,8 @@ def attack(
         model, asked, chosen, pairs_of(set_), edit_folder=edited, twin=twin, device=device,
         out=out,
     )  # fmt: skip
-    inside = ", inside the edit" if edited is not None else ""
-    print_frame(table, title=f"{chosen}{inside}: hidden facts (wrong answers that an edit taught are no candidates)")
+    inside = ", inside the edit (wrong answers that it taught are no candidates)" if edited is not None else ""
+    print_frame(table, title=f"{chosen}: hidden facts{inside}")
     console.print(f"rows: {escape(str(out))}")
 
 

@@ -259,6 +259,7 @@ def test_a_saved_model_loads_as_it_was(any_model: Model, tmp_path: Path) -> None
     text = "The favourite colour of Bram Lindqvist is amber"
     assert loaded.tokenizer(text)["input_ids"] == any_model.tokenizer(text)["input_ids"]
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "checkpoint").iterdir()} == {0o644}
 
 
 def test_sizes_are_read_from_the_model(any_model: Model) -> None:
