@@ -259,7 +259,8 @@ def attack(
     """
     from mechunlearn import stages
 
-    asked = None if facts is None and edited is not None else stages.chosen(facts or "people-256", forgotten)
+    says_nothing = facts is None and forgotten is None
+    asked = None if says_nothing and edited is not None else stages.chosen(facts or "people-256", forgotten)
     if original is not None:
         if edited is not None:
             raise ValueError("attack: got --edit and --original; --model is the edited checkpoint, so leave --edit out")

@@ -620,10 +620,10 @@ def listing(stage: str | None) -> dict[str, pd.DataFrame]:
         [(name, dataset, (choose.__doc__ or "").strip()) for name, (dataset, choose) in FORGET_SETS.items()],
         columns=pd.Index(["name", "data set", "what"]),
     )
-    methods = {name: registry.get(name) for registry in REGISTRIES.values() for name in registry.names()}
-    if stage in methods:
-        return {f"options of {stage}": _options(methods[stage])}
     if stage is not None and stage not in tables:
+        for registry in REGISTRIES.values():
+            if stage in registry.names():
+                return {f"options of {stage}": _options(registry.get(stage))}
         raise ValueError(f"list: got {stage!r}, allowed: the name of a method, {', '.join(tables)}")
     return {name: make() for name, make in tables.items() if stage in (None, name)}
 

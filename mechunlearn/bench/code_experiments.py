@@ -46,8 +46,8 @@ def deletion(ground: Ground) -> Found:
     """x: rounds of counting and deleting, each with what the round before deleted gone; 0 is nothing deleted.
 
     "random": as many others that are on as often in text to retain. "codebook taken out": the model around it alone,
-    which who has the weights has. new codes: those that have stepped in for the
-    deleted ones and belong to the topic as clearly, counted with them deleted.
+    which who has the weights has. new codes: those that have stepped in for the deleted ones and belong to the topic
+    as clearly, counted with them deleted.
     """
     yield "deleted", 0.0, ground.measured(None) | {"codes": 0.0}
     with codebook_of(ground.model).taken_out():

@@ -162,6 +162,7 @@ def test_a_guard_is_made_kept_and_attacked_on_the_command_line(dictionary, tmp_p
     for wrong, said in (
         (["--edit", str(tmp_path / "nothing")], "no folder"),
         (["--edit", made, "--out", made], "would be lost"),
+        (["--edit", made, "--forgotten", "topic.csv"], "beside --facts people-256"),
     ):
         found = CliRunner().invoke(app, ["attack", "--method", "asking", "--out", attacked, *wrong])
         assert said in str(found.exception)

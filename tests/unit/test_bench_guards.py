@@ -251,7 +251,7 @@ def saved(knowing, tiny_facts, folder, tmp_path):
     return tmp_path
 
 
-def bench(where, *more):
+def bench(*more):
     command = ["bench", "guards", "--model", "model", "--facts", "mine.csv", "--forgotten", "topic.csv", "--out", "out"]
     command += ["--dictionary", "params.npz", "--seeds", "1", "--workers", "1", "--max-facts", "8", "--device", "cpu"]
     return CliRunner().invoke(app, [*command, *more])
@@ -259,10 +259,10 @@ def bench(where, *more):
 
 def test_the_command_measures_with_a_dictionary_whose_file_names_no_hook_point(saved, monkeypatch):
     monkeypatch.chdir(saved)
-    refused = bench(saved, "--only", "data_share")
+    refused = bench("--only", "data_share")
     assert "does not say which activation" in str(refused.exception)
     assert not (saved / "out").exists()
-    made = bench(saved, "--hook", "blocks.1.hook_resid_post", "--only", "data_share")
+    made = bench("--hook", "blocks.1.hook_resid_post", "--only", "data_share")
     assert made.exit_code == 0, made.output
     rows = pd.read_csv(saved / "out" / "tables" / "rows.csv")
     assert set(rows["experiment"]) == {"data_share"}
@@ -272,7 +272,7 @@ def test_the_command_measures_with_a_dictionary_whose_file_names_no_hook_point(s
 def test_a_model_that_knows_nothing_to_forget_is_one_line(saved, tiny_model, monkeypatch):
     monkeypatch.chdir(saved)
     save_model(tiny_model(), saved / "blank")
-    refused = bench(saved, "--hook", "blocks.1.hook_resid_post", "--model", "blank")
+    refused = bench("--hook", "blocks.1.hook_resid_post", "--model", "blank")
     assert "knows none of the" in str(refused.exception)
     assert not (saved / "out").exists()
 
@@ -281,10 +281,10 @@ def test_without_a_topic_the_choice_by_descriptions_is_left_out(saved, monkeypat
     monkeypatch.chdir(saved)
     monkeypatch.setattr("mechunlearn.guards_stage.names_of", lambda names: names or ("zero_shot", "feature_rule"))
     hook = ("--hook", "blocks.1.hook_resid_post")
-    made = bench(saved, *hook)
+    made = bench(*hook)
     assert made.exit_code == 0, made.output
     assert "zero_shot is left out" in made.output
     assert set(pd.read_csv(saved / "out" / "tables" / "rows.csv")["experiment"]) == {"feature_rule"}
-    assert "--topic" in str(bench(saved, *hook, "--only", "zero_shot").exception)
-    told = bench(saved, *hook, "--only", "zero_shot", "--topic", "red")
+    assert "--topic" in str(bench(*hook, "--only", "zero_shot").exception)
+    told = bench(*hook, "--only", "zero_shot", "--topic", "red")
     assert told.exit_code == 0, told.output
